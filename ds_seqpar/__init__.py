@@ -1,0 +1,27 @@
+"""Megatron tensor + sequence parallelism for Hugging Face models under DeepSpeed, from one key in the DeepSpeed JSON.
+
+Importing this package makes `deepspeed.initialize` look for the key `ds_seqpar`; without the key nothing changes.
+"""
+
+from .checkpoint.export import full_state_dict, save_pretrained
+from .config import SeqParConfig
+from .engine import initialize, patch, shard
+from .errors import CheckpointError, ConfigError, DataMismatchError, PlanError, SeqParError
+from .plan.report import Report
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataMismatchError",
+    "PlanError",
+    "Report",
+    "SeqParConfig",
+    "SeqParError",
+    "full_state_dict",
+    "initialize",
+    "save_pretrained",
+    "shard",
+]
+__version__ = "0.1.0"
+
+patch()

@@ -1,0 +1,1 @@
+"""Sharded parameters on their way to and from checkpoints."""

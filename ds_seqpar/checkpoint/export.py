@@ -1,0 +1,86 @@
+"""Writes an ordinary Hugging Face checkpoint from a sharded model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..engine import gathered, whole_parameter
+from ..errors import CheckpointError
+from ..hf import write_checkpoint
+from ..layers.region import ShardingState
+
+__all__ = ["full_state_dict", "save_pretrained"]
+
+
+def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
+    """The model's state dict with every tensor whole: on CPU on rank 0, empty elsewhere. Collective over the world.
+
+    Names, shapes and tying are those of the unsharded model; the dtype is the model's.
+    """
+    model, report = gathered(engine_or_model)
+    state: ShardingState = model.seqpar  # type: ignore[assignment]
+    entries, keep = report.parameters(), dist.get_rank() == 0
+    whole: dict[str, Tensor] = {}
+    by_identity: dict[int, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in by_identity:
+            tensor = whole_parameter(parameter, entries[name], state.groups)
+            by_identity[id(parameter)] = tensor.cpu() if keep else tensor.new_empty(0)
+        if keep:
+            whole[name] = by_identity[id(parameter)]
+    if keep:
+        whole.update({name: tensor.detach().cpu() for name, tensor in _saved_buffers(model).items()})
+    return whole
+
+
+def save_pretrained(engine_or_model: Any, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+    """Writes an ordinary Hugging Face checkpoint: config, weights as safetensors, tokenizer if given. Call it on all ranks.
+
+    Written aside and renamed when complete; what `folder` held before is replaced only then.
+
+    Raises:
+        CheckpointError: on every rank, if the folder cannot be written.
+    """
+    target = Path(folder).resolve()
+    weights = full_state_dict(engine_or_model)
+    model, _ = gathered(engine_or_model)
+    error: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            _write_aside(model, target, weights, tokenizer)
+        except OSError as problem:
+            error[0] = f"{target}: {problem}"
+    dist.broadcast_object_list(error, src=0, group=_cpu_world())
+    if error[0] is not None:
+        raise CheckpointError(f"the checkpoint was not written: {error[0]}")
+
+
+def _write_aside(model: nn.Module, target: Path, weights: dict[str, Tensor], tokenizer: Any) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    write_checkpoint(model, aside, weights, tokenizer)  # type: ignore[arg-type]
+    if target.exists():
+        before = target.with_name(f".{target.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        target.rename(before)
+        aside.rename(target)
+        shutil.rmtree(before)
+    else:
+        aside.rename(target)
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def _cpu_world() -> Any:
+    return None if dist.get_backend() != "nccl" or torch.cuda.is_available() else None

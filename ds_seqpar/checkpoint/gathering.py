@@ -1,0 +1,36 @@
+"""A cut parameter made whole, and cut again. Imports torch, comm and plan only."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
+
+from ..comm.collectives import all_gather
+from ..plan.cuts import Cut
+
+__all__ = ["gather_parameter", "part_of"]
+
+
+def gather_parameter(local: Tensor, cut: Cut, group: ProcessGroup) -> Tensor:
+    """Every rank's part of a parameter -> the whole, on every rank; exact, any dtype. Collective over `group`."""
+    ranks = range(dist.get_world_size(group))
+    sizes = [cut.local_size(rank) for rank in ranks]
+    mine = local.detach().movedim(cut.dim, 0)
+    mine = pad(mine, (0, 0) * (mine.dim() - 1) + (0, max(sizes) - mine.shape[0]))
+    parts = all_gather(mine.unsqueeze(0), group)
+    whole = local.new_empty((cut.size, *mine.shape[1:]))
+    for rank in ranks:
+        offset = 0
+        for start, stop in cut.ranges[rank]:
+            whole[start:stop] = parts[rank, offset : offset + stop - start]
+            offset += stop - start
+    return whole.movedim(0, cut.dim).contiguous()
+
+
+def part_of(whole: Tensor, cut: Cut, rank: int) -> Tensor:
+    """A rank's part of a whole tensor, contiguous, in memory of its own."""
+    parts = [whole.narrow(cut.dim, start, stop - start) for start, stop in cut.ranges[rank]]
+    return torch.cat(parts, dim=cut.dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,1 @@
+"""Collectives and the autograd edges made of them. Imports torch only."""

@@ -1,0 +1,285 @@
+"""The seam to DeepSpeed: reads the key, shards the model, hands over to DeepSpeed's own tensor-parallel switch.
+
+The only file that imports deepspeed. Private names it relies on, each held by a contract test:
+`groups._init_tp_mesh_device`, `groups._TENSOR_MODEL_PARALLEL_GROUP`, `model.ds_autotp_parsed`, `parameter.tensor_model_parallel`,
+`parameter.ds_is_replaced_module` with `gather_params` and `_tp_partition`, `engine.first_dataloader_check`,
+`engine._config.train_batch_size`, `engine.tput_timer.batch_size`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.utils import groups as ds_groups
+from deepspeed.utils import logger
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+from torch import Tensor, nn
+
+from .checkpoint.gathering import gather_parameter, part_of
+from .config import KEY, Recompute, SeqParConfig
+from .errors import ConfigError, PlanError
+from .groups import ParallelGroups
+from .hf import causal_lm_loss, describe, enable_full_recompute, require_model
+from .inject import inject, report_of
+from .layers.boundaries import ShardedBlock
+from .layers.loss import CausalLMLoss
+from .plan.report import ParameterEntry, Report
+
+__all__ = ["initialize", "patch", "shard"]
+
+_plain_initialize = deepspeed.initialize
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """`deepspeed.initialize`, same arguments and results, that shards `model` first if the config holds the key.
+
+    `config` (or `config_params`, or `args.deepspeed_config`) is a dict or a path, as DeepSpeed allows. The engine's Report
+    is `engine.seqpar_report`. Without the key, or with `"enabled": false`, the call goes to DeepSpeed untouched.
+
+    Raises:
+        ConfigError: the key, or something beside it, cannot be done; on every rank, before any work.
+        PlanError: the model cannot be sharded exactly; nothing of it was touched.
+    """
+    given = _bound(args, kwargs)
+    ds_config = _ds_config(given)
+    if ds_config is None or KEY not in ds_config:
+        return _plain_initialize(*args, **kwargs)  # type: ignore[no-any-return]
+    config = SeqParConfig.from_json(ds_config[KEY])
+    if not config.enabled:
+        return _plain_initialize(*args, **kwargs)  # type: ignore[no-any-return]
+    if given.get("mpu") is not None:
+        raise ConfigError(f'mpu= cannot be combined with "{KEY}", which makes its own groups; leave mpu out')
+    if not comm.is_initialized():
+        comm.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    translated = _translated(ds_config, config)
+    model = require_model(given.get("model"))
+    report = shard(model, config)
+    given.update(config=translated, config_params=None, args=_without_config(given.get("args")))
+    results = _plain_initialize(**given)
+    _finish(results[0], report, config, ds_config)
+    return results  # type: ignore[no-any-return]
+
+
+def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
+    """Shards a Hugging Face model in place over groups of `config.tp_size` consecutive ranks, ready for DeepSpeed.
+
+    `config` may be the key's object, `{"tp_size": 2}`. What `initialize` does first; needs torch.distributed initialised.
+    """
+    if not isinstance(config, SeqParConfig):
+        config = SeqParConfig.from_json(config)
+    hf_model = require_model(model)
+    facts = describe(hf_model)
+    loss = causal_lm_loss(hf_model)
+    groups = _tensor_parallel_groups(config.tp_size)
+    if get_accelerator().device_name() == "cuda":
+        hf_model.to(torch.device("cuda", torch.cuda.current_device()))
+    report = inject(hf_model, facts, config, groups)
+    if loss is not None and facts.head is not None:
+        hf_model.loss_function = CausalLMLoss(loss)
+    if config.recompute is Recompute.FULL:
+        enable_full_recompute(hf_model)
+    _tag(hf_model, report, groups)
+    if comm.get_rank() == 0:
+        logger.info(str(report))
+    return report
+
+
+def patch() -> None:
+    """Makes `deepspeed.initialize` look for the key. Idempotent; without the key it changes nothing."""
+    if getattr(deepspeed.initialize, "_knows_ds_seqpar", False):
+        return
+    wrapped = functools.wraps(_plain_initialize)(initialize)
+    wrapped._knows_ds_seqpar = True  # type: ignore[attr-defined]
+    deepspeed.initialize = wrapped
+    plain_init = deepspeed.DeepSpeedEngine.__init__
+
+    @functools.wraps(plain_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        _refuse_bypass(kwargs.get("model"), kwargs.get("config"))
+        plain_init(self, *args, **kwargs)
+
+    deepspeed.DeepSpeedEngine.__init__ = init
+
+
+def _refuse_bypass(model: Any, config: Any) -> None:
+    """A script that took `initialize` out of deepspeed before importing ds_seqpar would silently train unsharded."""
+    if not (isinstance(config, Mapping) and KEY in config and isinstance(model, nn.Module)) or report_of(model):
+        return
+    if SeqParConfig.from_json(config[KEY]).enabled:
+        raise ConfigError(
+            f'the DeepSpeed config holds "{KEY}" but the model is not sharded: `initialize` was imported from deepspeed before '
+            "ds_seqpar was; import ds_seqpar first, or call ds_seqpar.initialize"
+        )
+
+
+def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = _plain_initialize.__code__.co_varnames[: _plain_initialize.__code__.co_argcount]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _ds_config(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The DeepSpeed config, wherever DeepSpeed would take it from; None where DeepSpeed itself must complain."""
+    config = given.get("config")
+    if config is None:
+        config = given.get("config_params")
+    if config is None:
+        config = getattr(given.get("args"), "deepspeed_config", None)
+    if config is None:
+        return None
+    return dict(config) if isinstance(config, dict) else load_ds_config(config)  # type: ignore[no-any-return]
+
+
+def _without_config(args: Any) -> Any:
+    if getattr(args, "deepspeed_config", None) is None:
+        return args
+    args = copy.copy(args)
+    args.deepspeed_config = None
+    return args
+
+
+def _translated(ds_config: dict[str, Any], config: SeqParConfig) -> dict[str, Any]:
+    """The config that DeepSpeed gets: its own tensor-parallel switch on, batch sizes over the data-parallel ranks."""
+    world, t = comm.get_world_size(), config.tp_size
+    if world % t:
+        raise ConfigError(f'"{KEY}.tp_size": {t} does not divide the {world} ranks of this run; use a divisor of {world}')
+    theirs = ds_config.get("tensor_parallel") or {}
+    autotp = theirs.get("autotp_size", 0)
+    if autotp not in (0, 1, t):
+        raise ConfigError(
+            f'"tensor_parallel.autotp_size": {autotp} and "{KEY}.tp_size": {t} contradict each other; remove autotp_size'
+        )
+    if ds_config.get("sequence_parallel_size", 1) not in (1, None):
+        raise ConfigError(
+            f'"sequence_parallel_size": {ds_config["sequence_parallel_size"]} (Ulysses) cannot be combined with "{KEY}"; remove one'
+        )
+    _refuse_wrong_norm(ds_config, t)
+    result = copy.deepcopy(ds_config)
+    if t > 1:
+        result["tensor_parallel"] = {**theirs, "autotp_size": t}
+    result.update(_batch_sizes(ds_config, world // t))
+    result.pop("train_batch_size", None)  # DeepSpeed would divide it by the world, not by the data-parallel size
+    return result
+
+
+def _refuse_wrong_norm(ds_config: Mapping[str, Any], tp_size: int) -> None:
+    """DeepSpeed's ZeRO-0 half-precision optimizer leaves the shards of every rank but the first out of the clipping norm."""
+    half = [name for name in ("bf16", "bfloat16", "fp16") if (ds_config.get(name) or {}).get("enabled")]
+    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
+    clipping = ds_config.get("gradient_clipping", GRADIENT_CLIPPING_DEFAULT)
+    if tp_size > 1 and half and stage == 0 and clipping:
+        raise ConfigError(
+            f'"gradient_clipping": {clipping} (DeepSpeed\'s default is {GRADIENT_CLIPPING_DEFAULT}) with "{half[0]}" at ZeRO stage 0 '
+            "would clip by a norm that DeepSpeed computes over part of the gradients; set "
+            '"zero_optimization": {"stage": 1}, or "gradient_clipping": 0'
+        )
+
+
+def _batch_sizes(ds_config: Mapping[str, Any], dp_size: int) -> dict[str, int]:
+    """DeepSpeed's batch arithmetic with the data-parallel size: train = micro x accumulation x dp."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    values = [ds_config.get(name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f'"{name}" must be an integer >= 1, not {value!r}')
+    train, micro, accumulation = values
+    if train is None:
+        if micro is None:
+            raise ConfigError('the DeepSpeed config needs "train_micro_batch_size_per_gpu" or "train_batch_size"')
+        return {names[1]: micro, names[2]: accumulation or 1}
+    if micro is None and accumulation is None:
+        micro, accumulation = train // dp_size, 1
+    elif micro is None:
+        micro = train // (dp_size * accumulation)  # type: ignore[operator]
+    elif accumulation is None:
+        accumulation = train // (dp_size * micro)
+    if micro * accumulation * dp_size != train:  # type: ignore[operator]
+        raise ConfigError(
+            f'"train_batch_size": {train} is not micro batch {micro} x accumulation {accumulation} x data-parallel size {dp_size} '
+            "(ranks / tp_size); correct it or leave it out"
+        )
+    return {names[1]: micro, names[2]: accumulation}  # type: ignore[dict-item]
+
+
+def _tensor_parallel_groups(tp_size: int) -> ParallelGroups:
+    ds_groups._init_tp_mesh_device(tensor_model_parallel_size=tp_size)
+    group = ds_groups.get_tensor_model_parallel_group()
+    have = comm.get_world_size(group)
+    if have != tp_size:
+        raise ConfigError(
+            f'"{KEY}.tp_size": {tp_size}, but this process already has tensor-parallel groups of {have} for another model; '
+            "DeepSpeed keeps one size a process: use the same tp_size for all models, or another process"
+        )
+    return ParallelGroups.around(group)
+
+
+def _tag(model: nn.Module, report: Report, groups: ParallelGroups) -> None:
+    """Tells DeepSpeed what it must know of the shards: whose norm counts, how they become whole, what ZeRO-3 fetches at once."""
+    model.ds_autotp_parsed = True  # type: ignore[assignment]
+    entries = report.parameters()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        entry = entries[name]
+        if entry.cut is None:
+            continue
+        # A part held by several ranks counts once; parameters without the tag count on the first rank only.
+        parameter.tensor_model_parallel = entry.cut.is_first_holder(groups.tp_rank)  # type: ignore[attr-defined]
+        parameter.ds_is_replaced_module = True  # type: ignore[attr-defined]
+        parameter.gather_params = functools.partial(_gather_in_place, entries=_by_identity(model, entries), groups=groups)  # type: ignore[attr-defined]
+        parameter._tp_partition = functools.partial(_cut_in_place, entries=_by_identity(model, entries), groups=groups)  # type: ignore[attr-defined]
+    for module in model.modules():
+        if isinstance(module, ShardedBlock):
+            set_z3_leaf_module(module, True)  # the block's linears are computed together, so they are fetched together
+
+
+def _by_identity(model: nn.Module, entries: Mapping[str, ParameterEntry]) -> dict[int, ParameterEntry]:
+    return {id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _gather_in_place(parameters: Sequence[nn.Parameter | None], *, entries: Mapping[int, ParameterEntry], groups: ParallelGroups) -> None:
+    for parameter in parameters:
+        cut = entries[id(parameter)].cut if parameter is not None else None
+        if parameter is not None and cut is not None and parameter.shape[cut.dim] != cut.size:
+            parameter.data = gather_parameter(parameter.data, cut, groups.tp_group)
+
+
+def _cut_in_place(parameters: Sequence[nn.Parameter | None], *, entries: Mapping[int, ParameterEntry], groups: ParallelGroups) -> None:
+    for parameter in parameters:
+        cut = entries[id(parameter)].cut if parameter is not None else None
+        if parameter is not None and cut is not None and parameter.shape[cut.dim] == cut.size:
+            parameter.data = part_of(parameter.data, cut, groups.tp_rank)
+
+
+def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mapping[str, Any]) -> None:
+    engine.seqpar_report = report
+    dp_size = comm.get_world_size() // config.tp_size
+    batch = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * dp_size
+    engine._config.train_batch_size = batch
+    engine.tput_timer.batch_size = batch
+    check = getattr(engine, "first_dataloader_check", None)
+    if check is not None:
+        check.remove()  # ours compares every forward, and first
+
+
+def gathered(engine_or_model: Any) -> tuple[nn.Module, Report]:
+    """(model, report) of an engine or a sharded model. Raises PlanError for anything else."""
+    model = getattr(engine_or_model, "module", engine_or_model)
+    report = report_of(model) if isinstance(model, nn.Module) else None
+    if report is None:
+        raise PlanError(f"{type(engine_or_model).__name__} holds no model that ds_seqpar sharded")
+    return model, report
+
+
+def whole_parameter(parameter: nn.Parameter, entry: ParameterEntry, groups: ParallelGroups) -> Tensor:
+    """A parameter as the checkpoint has it, on this rank's device; gathers ZeRO-3's parts and the cut. Collective."""
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        data = parameter.detach()
+        whole = data.clone() if entry.cut is None else gather_parameter(data, entry.cut, groups.tp_group)
+    return whole

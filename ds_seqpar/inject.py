@@ -1,0 +1,276 @@
+"""Shards a model in place: plan + groups + model -> Report. The only place that swaps modules.
+
+Everything that can be refused is refused before the first parameter is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint.gathering import part_of
+from .config import Overlap, Recompute, SeqParConfig
+from .errors import PlanError
+from .families import family
+from .groups import ParallelGroups
+from .layers.boundaries import ShardedBlock, ShardedHeadModel, ShardedLayer, ShardedModel, TokenwiseModule, become
+from .layers.embedding import VocabParallelEmbedding
+from .layers.guard import InputGuard
+from .layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
+from .layers.norm import CutRMSNorm
+from .layers.partial import PartialGradients
+from .layers.random import ParallelRandom
+from .layers.region import ShardingState
+from .layers.tokenwise import is_tokenwise
+from .plan.cuts import Cut, Kind
+from .plan.facts import ModelFacts
+from .plan.report import Entry, ParameterEntry, Report
+from .plan.resolve import BlockPlan, ModelPlan, resolve
+from .plan.styles import Style
+
+__all__ = ["inject", "report_of"]
+
+
+def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: ParallelGroups) -> Report:
+    """Shards `model` over `groups.tp_group` in place; every nn.Parameter stays the object it is and holds this rank's part.
+
+    Args:
+        model: a Hugging Face model, whole and equal on every rank, before any forward and any wrapper.
+        facts: `hf.describe(model)`.
+
+    Returns:
+        The Report, also kept as `model.seqpar_report`.
+
+    Raises:
+        PlanError: the model cannot be sharded exactly; nothing of it was touched.
+    """
+    _refuse_unfit(model)
+    plan = resolve(facts, family(facts.model_type), groups.tp_size)
+    _check_modules(model, facts, plan)
+    device = next(model.parameters()).device
+    state = ShardingState(
+        groups=groups,
+        sequence_parallel=config.sequence_parallel,
+        overlap=config.overlap is Overlap.AUTO,
+        recompute_mlp=config.recompute is Recompute.SELECTIVE,
+        loss_chunk_tokens=config.loss_chunk_tokens,
+        partial=PartialGradients(groups.tp_group),
+        random=ParallelRandom(groups.tp_rank, device),
+        guard=InputGuard(groups),
+    )
+    injection = _Injection(model, facts, plan, state)
+    injection.run()
+    report = Report(facts.model_type, groups.tp_size, groups.tp_rank, config.sequence_parallel, injection.entries)
+    report.remarks += injection.remarks
+    model.seqpar_report = report  # type: ignore[assignment]
+    model.seqpar = state  # type: ignore[assignment]
+    return report
+
+
+def report_of(model: nn.Module) -> Report | None:
+    """The Report of a sharded model, None for any other."""
+    report = vars(model).get("seqpar_report")
+    return report if isinstance(report, Report) else None
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    if report_of(model) is not None:
+        raise PlanError("this model is already sharded by ds_seqpar; build a fresh one from its checkpoint")
+    if getattr(model, "ds_autotp_parsed", False) or getattr(model, "_tp_size", None):
+        raise PlanError("this model is already tensor-parallel (DeepSpeed AutoTP or transformers' tp_plan); load it without")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise PlanError(
+                f"{name} was partitioned by zero.Init while the model was built; build the model outside it (for Hugging Face: "
+                "before TrainingArguments, or after transformers.integrations.deepspeed.unset_hf_deepspeed_config())"
+            )
+        if parameter.is_meta:
+            raise PlanError(f"{name} is on the meta device; load the weights first")
+        if type(parameter.data) is not Tensor:
+            raise PlanError(f"{name} is a {type(parameter.data).__name__}; only plain tensors can be sharded")
+        if parameter.grad is not None:
+            raise PlanError(f"{name} already has a gradient; shard the model before its first backward, or zero_grad() it")
+
+
+def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
+    """What needs the modules themselves to be checked, and must be before any is touched."""
+    for name in plan.tokenwise:
+        if not is_tokenwise(model.get_submodule(name), facts.hidden_size):
+            raise PlanError(
+                f"{name} ({facts.modules[name].type_name}) owns parameters and mixes tokens, or takes more than hidden states, so "
+                f"it cannot run on a shard of the tokens; {facts.model_type} needs a data file that says what becomes of it"
+            )
+    embedding = model.get_submodule(facts.embedding)
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(embedding, option):
+            raise PlanError(f"{facts.embedding}: nn.Embedding({option}={getattr(embedding, option)}) cannot be cut by vocabulary")
+    for pattern, attributes in family(facts.model_type).attributes.items():
+        for name in plan.blocks:
+            if _same_place(facts.full_name(pattern), name):
+                for path in attributes:
+                    _owner(model.get_submodule(name), path)  # raises if it was renamed
+
+
+def _same_place(pattern: str, name: str) -> bool:
+    ours, theirs = pattern.split("."), name.split(".")
+    return len(ours) == len(theirs) and all(a in ("*", b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _owner(block: nn.Module, path: str) -> tuple[Any, str]:
+    owner: Any = block
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    if not hasattr(owner, attribute):
+        raise PlanError(f"{type(block).__name__} has no attribute {path!r} any more; this transformers version needs a new data file")
+    return owner, attribute
+
+
+class _ConfigView:
+    """A block's view of the model's config: a few local counts, everything else read through at the time it is asked for."""
+
+    def __init__(self, config: Any, local: dict[str, int]) -> None:
+        self.__dict__["_config"], self.__dict__["_local"] = config, local
+
+    def __getattr__(self, name: str) -> Any:
+        local = self.__dict__["_local"]
+        return local[name] if name in local else getattr(self.__dict__["_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_config"], name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ConfigView:
+        return _ConfigView(copy.deepcopy(self.__dict__["_config"], memo), dict(self.__dict__["_local"]))
+
+
+class _Injection:
+    def __init__(self, model: nn.Module, facts: ModelFacts, plan: ModelPlan, state: ShardingState) -> None:
+        self.model, self.facts, self.plan, self.state = model, facts, plan, state
+        self.entries: list[Entry] = []
+        self.remarks: list[str] = []
+        self._cut_already: set[int] = set()
+
+    def run(self) -> None:
+        for name in self.facts.modules:
+            self._module(name, self.model.get_submodule(name))
+        for block in self.plan.blocks.values():
+            self._block(block)
+        for name in self.plan.layers:
+            self._boundary(self.model.get_submodule(name), ShardedLayer)
+        base = self.model.get_submodule(self.facts.base)
+        base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
+        self._boundary(base, ShardedModel)
+        if self.facts.head is not None and base is not self.model:
+            self._boundary(self.model, ShardedHeadModel)
+
+    def _boundary(self, module: nn.Module, mixin: type) -> None:
+        module.seqpar = self.state  # type: ignore[assignment]
+        become(module, mixin)
+
+    def _module(self, name: str, module: nn.Module) -> None:
+        was = self.facts.modules[name].type_name
+        planned = self.plan.modules.get(name)
+        if planned is None:
+            self._unplanned(name, module, was)
+            return
+        parameters = {}
+        for key, parameter in module.named_parameters(recurse=False):
+            parameters[key] = self._parameter(parameter, planned.cuts.get(key), planned.style)
+        module.seqpar = self.state  # type: ignore[assignment]
+        becomes = self._swap(name, module, planned.style, planned.cuts)
+        self.entries.append(Entry(name, was, becomes, parameters, planned.why))
+
+    def _unplanned(self, name: str, module: nn.Module, was: str) -> None:
+        partial = name in self.plan.tokenwise and self.state.sequence_parallel
+        parameters = {}
+        for key, parameter in module.named_parameters(recurse=False):
+            if partial:
+                self.state.partial.add(parameter)
+            shape = tuple(parameter.shape)
+            parameters[key] = ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
+        if name in self.plan.tokenwise:
+            why = "acts on each token alone"
+            if not any(name.startswith(f"{layer}.") for layer in self.plan.layers):
+                self._boundary(module, TokenwiseModule)
+        else:
+            why = "outside the base model; left alone, it sees whole activations"
+            self.remarks.append(f"{name} ({was}) was left alone: it stands outside the base model and sees whole activations")
+        self.entries.append(Entry(name, was, was, parameters, why))
+
+    def _parameter(self, parameter: nn.Parameter, cut: Cut | None, style: Style) -> ParameterEntry:
+        state, rank = self.state, self.state.groups.tp_rank
+        if cut is None:
+            shape = tuple(parameter.shape)
+            partial = style is Style.PARTIAL or state.sequence_parallel
+            if partial:
+                state.partial.add(parameter)
+            return ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
+        if id(parameter) not in self._cut_already:
+            self._cut_already.add(id(parameter))
+            parameter.data = part_of(parameter.data, cut, rank)
+            if cut.copied:
+                state.partial.add(parameter, *cut.slot(rank))
+        local = tuple(parameter.shape)
+        shape = (*local[: cut.dim], cut.size, *local[cut.dim + 1 :])
+        return ParameterEntry(Kind.COPIED_KV if cut.copied else Kind.CUT, shape, local, cut)
+
+    def _swap(self, name: str, module: nn.Module, style: Style, cuts: Any) -> str:
+        rank = self.state.groups.tp_rank
+        if style is Style.PARTIAL:
+            return type(module).__name__
+        cut: Cut = cuts["weight"]
+        if style is Style.CUT_NORM:
+            norm_eps = family(self.facts.model_type).norm_eps
+            attribute = next(v for k, v in norm_eps.items() if _same_place(self.facts.full_name(k), name))
+            module.norm_width, module.norm_eps = cut.size, getattr(module, attribute)  # type: ignore[assignment]
+            module.norm_copies = cut.ranges.count(cut.ranges[rank])  # type: ignore[assignment]
+            become(module, CutRMSNorm)
+            return CutRMSNorm.__name__
+        if style is Style.EMBEDDING:
+            module.vocab_start = cut.ranges[rank][0][0]  # type: ignore[assignment]
+            become(module, VocabParallelEmbedding, before=False)
+            return VocabParallelEmbedding.__name__
+        module.out_features, module.in_features = module.weight.shape  # type: ignore[assignment, misc]
+        if style is Style.HEAD:
+            module.vocab_size, module.vocab_start = cut.size, cut.ranges[rank][0][0]  # type: ignore[assignment]
+            module.vocab_widths = tuple(cut.local_size(r) for r in range(self.state.groups.tp_size))  # type: ignore[assignment]
+        module.__class__ = {Style.HEAD: VocabParallelHead, Style.ROW: RowParallelLinear}.get(style, ColumnParallelLinear)
+        return type(module).__name__
+
+    def _block(self, block: BlockPlan) -> None:
+        module = self.model.get_submodule(block.name)
+        columns = [self.model.get_submodule(name) for name in block.columns]
+        siblings = tuple(c for c in columns if c.in_features == self.facts.hidden_size)
+        for column in columns:
+            column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]
+        module.input_name = _first_argument(module)  # type: ignore[assignment]
+        module.recomputable = not block.has_heads  # type: ignore[assignment]
+        self._local_counts(block, module)
+        self._boundary(module, ShardedBlock)
+
+    def _local_counts(self, block: BlockPlan, module: nn.Module) -> None:
+        heads, rank = self.plan.heads, self.state.groups.tp_rank
+        if heads is None or not block.has_heads:
+            return
+        counts = {"num_local_heads": heads.num_local_heads(rank), "num_local_kv_heads": heads.num_local_kv_heads(rank)}
+        if hasattr(module, "num_key_value_groups"):
+            module.num_key_value_groups = counts["num_local_heads"] // counts["num_local_kv_heads"]  # type: ignore[assignment]
+        through_config = {}
+        for pattern, attributes in family(self.facts.model_type).attributes.items():
+            if _same_place(self.facts.full_name(pattern), block.name):
+                for path, count in attributes.items():
+                    if path.startswith("config."):
+                        through_config[path.removeprefix("config.")] = counts[count]
+                    else:
+                        setattr(module, path, counts[count])
+        if through_config:
+            module.config = _ConfigView(module.config, through_config)  # type: ignore[assignment]
+
+
+def _first_argument(module: nn.Module) -> str:
+    names = list(inspect.signature(module.forward).parameters)
+    return names[0] if names else "hidden_states"

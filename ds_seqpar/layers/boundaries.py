@@ -1,0 +1,258 @@
+"""The borders that a forward crosses: model, layer, block, token-wise module, head.
+
+Each is a mixin put before the Hugging Face class. `__call__` converts outside the module's hooks and `forward` inside
+them, so that DeepSpeed's ZeRO-3 hooks only ever see plain tensors with their autograd history.
+
+Legend: b batch, s sequence, h hidden, c = ceil(b*s/t).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import PlanError, SeqParError
+from .handles import GatheredInput, Handle, ShardedLogits, TokenShard
+from .random import draw_seed
+from .region import ShardingState, TokenRegion
+
+__all__ = ["ShardedBlock", "ShardedHeadModel", "ShardedLayer", "ShardedModel", "TokenwiseModule", "become"]
+
+
+@functools.cache
+def _sharded_class(cls: type, mixins: tuple[type, ...], before: bool) -> type:
+    bases = mixins if cls in mixins[0].__mro__ else (*mixins, cls) if before else (cls, *mixins)
+    # The names stay Hugging Face's: config.architectures, output recording and kernels look classes up by name.
+    namespace: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    if before and "forward" in vars(mixins[0]):
+        namespace["forward"] = _with_signature_of(cls, mixins[0].forward)  # type: ignore[attr-defined]
+    return type(cls.__name__, bases, namespace)
+
+
+def _with_signature_of(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` that still shows the original's signature: generate() and the HF Trainer read it."""
+
+    def sharded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    functools.update_wrapper(sharded_forward, cls.forward)  # type: ignore[attr-defined]
+    return sharded_forward
+
+
+def become(module: nn.Module, *mixins: type, before: bool = True) -> None:
+    """Makes `module` an instance of its own class behind (or before) the mixins, in place: parameters, hooks and
+    attributes stay the objects they are."""
+    module.__class__ = _sharded_class(type(module), mixins, before)
+
+
+class TokenwiseModule:
+    """A module outside the layers that treats each token alone (the final norm): acts on the shard of a TokenShard."""
+
+    seqpar: ShardingState
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """TokenShard -> TokenShard; any other tensor as before."""
+        call = super().__call__  # type: ignore[misc]
+        if isinstance(input, TokenShard):
+            return TokenShard(call(input.local(), *args, **kwargs), input.region, self.seqpar)
+        return call(input, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+class ShardedBlock:
+    """Attention or MLP: entered with the region's local tensor, which its own code sees as a GatheredInput [b, s, h]."""
+
+    seqpar: ShardingState
+    input_name: str
+    recomputable: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The input goes positionally, where ZeRO-3's hooks look for it."""
+        if not args and self.input_name in kwargs:
+            args = (kwargs.pop(self.input_name),)
+        call = functools.partial(super().__call__, **kwargs)  # type: ignore[misc]
+        state = self.seqpar
+        if state.recompute_mlp and self.recomputable and torch.is_grad_enabled() and self.training:  # type: ignore[attr-defined]
+            region = state.region
+
+            def replay(*inputs: Any) -> Any:
+                with state.within(region):
+                    return call(*inputs)
+
+            return checkpoint(replay, *args, use_reentrant=False)
+        return call(*args)
+
+    def forward(self, local: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """local [1, c, h] (or [b, s, h] where tokens are not cut) -> what the block returns, its output local too."""
+        state, region = self.seqpar, self.seqpar.region
+        if region is None:
+            raise SeqParError(
+                f"{type(self).__name__} was called outside a forward of its model; a recomputed layer must go through "
+                "gradient_checkpointing_enable() or the recompute field of the ds_seqpar key"
+            )
+        handle = GatheredInput(local, region, state)
+        drops_heads = not region.cut and self.training and state.groups.tp_size > 1  # type: ignore[attr-defined]
+        with state.random.fork(draw_seed(), per_rank=True) if drops_heads else nullcontext():
+            output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
+        for unused in handle.unused():
+            self._ungroup(unused)
+        return output
+
+    def _ungroup(self, member: int) -> None:
+        """Stops computing a linear with its siblings that this block's code does not feed with the block's input."""
+        for linear in self.modules():  # type: ignore[attr-defined]
+            if any(id(s) == member for s in getattr(linear, "siblings", ())):
+                linear.siblings = tuple(s for s in linear.siblings if id(s) != member)
+
+
+class ShardedLayer:
+    """A decoder layer: between its blocks it runs on this rank's tokens; its input and output are TokenShards."""
+
+    seqpar: ShardingState
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """TokenShard or full [b, s, h] -> TokenShard (or, where tokens are not cut, [b, s, h])."""
+        region = self.seqpar.region
+        if region is None:
+            raise SeqParError(f"{type(self).__name__} was called outside a forward of its model")
+        if isinstance(hidden_states, TokenShard):
+            local = hidden_states.local()
+        else:
+            local = region.local_of_replicated(hidden_states)
+        output = super().__call__(local, *args, _region=region, **kwargs)  # type: ignore[misc]
+        if isinstance(output, tuple):
+            return (self._wrapped(output[0], region), *output[1:])
+        return self._wrapped(output, region)
+
+    def _wrapped(self, local: Tensor, region: TokenRegion) -> Tensor:
+        return TokenShard(local, region, self.seqpar) if region.cut else local
+
+    def forward(self, *args: Any, _region: TokenRegion, **kwargs: Any) -> Any:
+        """The region travels as an argument, so a recompute during backward stands where its forward stood."""
+        with self.seqpar.within(_region):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Guarded:
+    """Compares the inputs over the group once a forward, whichever module the caller entered by."""
+
+    seqpar: ShardingState
+
+    @contextmanager
+    def _guarded(self, args: Any, kwargs: Any) -> Iterator[int]:
+        state = self.seqpar
+        if state.guarded_seed is not None:
+            yield state.guarded_seed
+            return
+        state.guarded_seed = state.guard.check(args, kwargs, draws=self.training)  # type: ignore[attr-defined]
+        try:
+            yield state.guarded_seed
+        finally:
+            state.guarded_seed = None
+
+
+class ShardedModel(_Guarded):
+    """The base model: decides how this forward's tokens lie, and shows its outputs as TokenShards."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Hugging Face model; hidden states come back as handles that become real when they are used."""
+        self._refuse_attentions(kwargs)
+        state = self.seqpar
+        region = state.region_for(*self._batch_and_seq(args, kwargs))
+        state.partial.arm()
+        with self._guarded(args, kwargs) as seed, state.within(region):
+            fork = state.random.fork(seed, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
+            with fork:
+                output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if not region.cut:
+            return output
+        local = region.local_shape(self.hidden_size)  # type: ignore[attr-defined]
+        is_shard = lambda x: isinstance(x, Tensor) and not isinstance(x, Handle) and tuple(x.shape) == local  # noqa: E731
+        return _map(output, is_shard, lambda x: TokenShard(x, region, state))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The Hugging Face forward; handles leave as the shards they hold, for the hooks."""
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return _map(output, lambda x: isinstance(x, TokenShard), lambda x: x.local())
+
+    def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int]:
+        names = [name for name in inspect.signature(self.forward).parameters if name != "self"]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for name in ("input_ids", "inputs_embeds"):
+            if given.get(name) is not None:
+                shape = given[name].shape
+                return int(shape[0]), int(shape[1])
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+    def _refuse_attentions(self, kwargs: dict[str, Any]) -> None:
+        asked = kwargs.get("output_attentions")
+        if asked or (asked is None and getattr(self.config, "output_attentions", False)):  # type: ignore[attr-defined]
+            raise PlanError("output_attentions=True is not available: each rank holds its own heads only; set it to False")
+
+
+class ShardedHeadModel(_Guarded):
+    """The model with its language-model head: shows `logits` as a ShardedLogits handle."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Hugging Face model; `outputs.logits` becomes real when it is used."""
+        with self._guarded(args, kwargs):
+            self._handles: dict[str | int, ShardedLogits] = {}
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        handles, self._handles = self._handles, {}
+
+        def logits(key: str | int, source: Any) -> Any:
+            handle = handles.get(key)
+            return source if handle is None else ShardedLogits(source, handle.region, handle.head, handle.transforms, handle.dtype)
+
+        return _map_entries(output, logits)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The Hugging Face forward; logits leave as the hidden shard they are made of, for the hooks."""
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+
+        def plain(key: str | int, value: Any) -> Any:
+            if not (isinstance(value, ShardedLogits) and value.is_untouched()):
+                return value
+            self._handles[key] = value
+            return value.source
+
+        return _map_entries(output, plain)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's generate, on every rank of the group; all sample alike, as the group's first rank was seeded."""
+        self.seqpar.random.agree(self.seqpar.groups)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def _map_entries(output: Any, change: Callable[[str | int, Any], Any]) -> Any:
+    """`output` (tuple, list or ModelOutput) with its top entries changed; mappings are changed in place."""
+    if isinstance(output, dict):
+        for key, value in list(output.items()):
+            changed = change(key, value)
+            if changed is not value:
+                output[key] = changed
+        return output
+    if type(output) in (tuple, list):
+        return type(output)(change(i, x) for i, x in enumerate(output))
+    return output
+
+
+def _map(output: Any, chosen: Callable[[Any], bool], change: Callable[[Any], Any]) -> Any:
+    """`output` (tensor, tuple, list or ModelOutput) with the chosen tensors changed; mappings are changed in place."""
+    if isinstance(output, Tensor):
+        return change(output) if chosen(output) else output
+    if isinstance(output, dict):
+        for key, value in list(output.items()):
+            changed = _map(value, chosen, change)
+            if changed is not value:
+                output[key] = changed
+        return output
+    if type(output) in (tuple, list):
+        return type(output)(_map(x, chosen, change) for x in output)
+    return output

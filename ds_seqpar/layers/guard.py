@@ -1,0 +1,103 @@
+"""Finds out, before any collective that depends on it, whether the ranks of a tensor-parallel group got the same inputs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import DataMismatchError
+from ..groups import ParallelGroups
+from .random import draw_seed
+
+__all__ = ["InputGuard"]
+
+
+class InputGuard:
+    """Compares a forward's inputs over the group: shapes and CPU contents at once, GPU contents one forward later.
+
+    Shapes travel over gloo, so a GPU's queue never drains; contents on a GPU are hashed there and read when the next
+    forward begins, which is early enough because equal shapes cannot hang.
+    """
+
+    def __init__(self, groups: ParallelGroups) -> None:
+        self._groups = groups
+        self._late: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
+
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, draws: bool) -> int:
+        """Raises DataMismatchError on every rank if any rank's inputs differ; returns a seed equal on all ranks.
+
+        `draws`: take the seed from the default generator. In evaluation nothing is drawn, so that sampling is undisturbed.
+        """
+        self._check_late()
+        inputs = {f"argument {i}": x for i, x in enumerate(args)} | dict(kwargs)
+        prints = {name: _fingerprint(x) for name, x in sorted(inputs.items())}
+        mine = torch.tensor([zlib.crc32(repr(prints).encode()), draw_seed() if draws else 0], dtype=torch.int64)
+        everyone = [torch.empty_like(mine) for _ in range(self._groups.tp_size)]
+        dist.all_gather(everyone, mine, group=self._groups.tp_cpu_group)
+        if any(int(theirs[0]) != int(everyone[0][0]) for theirs in everyone):
+            raise DataMismatchError(self._explain(prints))
+        self._start_late({name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.is_cuda})
+        return int(everyone[0][1])
+
+    def _explain(self, prints: dict[str, str]) -> str:
+        everyone: list[Any] = [None] * self._groups.tp_size
+        dist.all_gather_object(everyone, prints, group=self._groups.tp_cpu_group)
+        names = sorted(set().union(*everyone))
+        first = next(name for name in names if len({p.get(name) for p in everyone}) > 1)
+        ranks = dist.get_process_group_ranks(self._groups.tp_group)
+        seen = "; ".join(f"rank {rank}: {p.get(first, 'not given')}" for rank, p in zip(ranks, everyone, strict=True))
+        return (
+            f"{first} differs between the ranks of one tensor-parallel group: {seen}. All {len(ranks)} ranks must be given "
+            f"the same batch: shard the data by rank // {len(ranks)}, seed samplers and collators alike on these ranks"
+        )
+
+    def _start_late(self, tensors: dict[str, Tensor]) -> None:
+        if not tensors:
+            return
+        mine = torch.stack([_gpu_hash(x) for x in tensors.values()])
+        everyone = mine.new_empty((self._groups.tp_size, len(tensors)))
+        dist.all_gather(list(everyone.unbind(0)), mine, group=self._groups.tp_group)
+        differs = (everyone != everyone[0]).any(0)
+        host = torch.empty(differs.shape, dtype=torch.bool, pin_memory=True)
+        host.copy_(differs, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self._late = (host, done, list(tensors))
+
+    def _check_late(self) -> None:
+        if self._late is None:
+            return
+        host, done, names = self._late
+        self._late = None
+        done.synchronize()
+        wrong = [name for name, differs in zip(names, host.tolist(), strict=True) if differs]
+        if wrong:
+            raise DataMismatchError(
+                f"{wrong[0]} of the previous forward differed between the ranks of one tensor-parallel group; all "
+                f"{self._groups.tp_size} ranks must be given the same batch: shard the data by rank // {self._groups.tp_size}"
+            )
+
+
+def _fingerprint(x: Any) -> str:
+    if isinstance(x, Tensor):
+        about = f"{x.dtype} {list(x.shape)}"
+        if x.device.type != "cpu" or type(x) is not Tensor:
+            return about
+        content = x.detach().contiguous().reshape(-1).view(torch.uint8).numpy() if x.numel() else b""
+        return f"{about} #{zlib.crc32(content):08x}"
+    if x is None or isinstance(x, bool | int | float | str):
+        return repr(x)
+    return type(x).__name__
+
+
+def _gpu_hash(x: Tensor) -> Tensor:
+    flat = x.detach().reshape(-1)
+    if flat.dtype.is_floating_point:
+        return flat.double().sum().view(torch.int64)
+    weights = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.int64)
+    return (flat.to(torch.int64) * weights).sum()

@@ -1,0 +1,254 @@
+"""Tensors that are not held whole: they report the full shape and know where the parts are.
+
+Model code reads `.shape`, `.dtype`, `.device`; sharded layers recognise the handle and take its parts; a scaling,
+cast or dropout acts on the part; anything else gets the real tensor, gathered differentiably, and is counted.
+
+Legend: b batch, s sequence, h hidden, V vocabulary, c = ceil(b*s/t).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .region import ShardingState, TokenRegion
+
+if TYPE_CHECKING:
+    from .linear import ColumnParallelLinear, VocabParallelHead
+
+__all__ = ["GatheredInput", "Handle", "ShardedLogits", "TokenShard"]
+
+_METADATA = {
+    "size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__",
+    "get_device", "is_contiguous", "stride", "storage_offset", "is_inference", "is_signed", "__hash__",
+}  # fmt: skip
+_METADATA_PROPERTIES = {
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized",
+    "is_nested", "is_mkldnn", "is_mps", "is_xpu", "itemsize", "nbytes", "names", "is_sparse_csr",
+}  # fmt: skip
+_AUTOGRAD_PROPERTIES = {"requires_grad", "grad_fn", "is_leaf"}
+_ELEMENTWISE = {
+    "mul", "__mul__", "__rmul__", "multiply", "div", "__div__", "__truediv__", "true_divide", "divide", "add", "__add__",
+    "__radd__", "sub", "__sub__", "neg", "__neg__", "tanh", "to", "float", "half", "bfloat16", "type", "contiguous",
+}  # fmt: skip
+_ELEMENTWISE_ON_TOKENS = _ELEMENTWISE | {"dropout", "clone", "detach"}
+
+
+def _name_of(func: Callable[..., Any]) -> tuple[str, bool]:
+    """(name, is a property read) of what `__torch_function__` was given."""
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", name), True
+    return name, False
+
+
+def _is_in_place(name: str) -> bool:
+    inplace_dunder = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+    return name == "__setitem__" or inplace_dunder or (name.endswith("_") and not name.endswith("__"))
+
+
+def _selects_everything(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is Ellipsis or (isinstance(part, slice) and part in (slice(None), slice(0, None))) for part in parts)
+
+
+class Handle(torch.Tensor):
+    """Base of the handles: shape and dtype of the whole, `source` with the autograd history of the part."""
+
+    source: Tensor
+    region: TokenRegion
+    state: ShardingState
+    _full: Tensor | None
+    _hooks: list[tuple[Callable[..., Any], Any]]
+    _elementwise: set[str] = _ELEMENTWISE
+    _allows_in_place = True
+
+    @classmethod
+    def _make(
+        cls, shape: tuple[int, ...], source: Tensor, region: TokenRegion, state: ShardingState, dtype: torch.dtype
+    ) -> Any:
+        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=source.device)  # type: ignore[attr-defined]
+        handle.source, handle.region, handle.state, handle._full, handle._hooks = source, region, state, None, []
+        return handle
+
+    def _gather(self) -> Tensor:
+        raise RuntimeError("a Handle subclass must say how it becomes whole")
+
+    def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
+        raise RuntimeError("a Handle subclass must say how it is acted on")
+
+    def is_untouched(self) -> bool:
+        """True while the parts are the truth: nobody has had the whole, or asked to see its gradient."""
+        return self._full is None and not self._hooks
+
+    def materialise(self, wanted_by: str = "materialise") -> Tensor:
+        """The real, differentiable tensor. Collective; from then on it is the truth, also for in-place changes."""
+        if self._full is None:
+            self.state.materialised[f"{type(self).__name__}.{wanted_by}"] += 1
+            self._full = self._gather()
+            for hook, removable in self._hooks:
+                if self._full.requires_grad and not removable.removed:
+                    self._full.register_hook(hook)
+        return self._full
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        shape, dtype = tuple(self.shape), self.dtype
+        return f"{type(self).__name__}(shape={shape}, dtype={dtype}, held={tuple(self.source.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(
+            f"{func} reached a {cls.__name__} below Python, where it cannot be gathered; call .materialise() on it first"
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, is_property = _name_of(func)
+        first = args[0] if args else None
+        if name in (_METADATA_PROPERTIES if is_property else _METADATA):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if isinstance(first, Handle):
+            if is_property and name in _AUTOGRAD_PROPERTIES:
+                return getattr(first.source if first._full is None else first._full, name)
+            if name == "register_hook" and first._full is None:
+                removable = _RemovableHook()
+                first._hooks.append((args[1], removable))
+                return removable
+            if first.is_untouched():
+                if name == "__getitem__" and _selects_everything(args[1]):
+                    return first
+                if name in first._elementwise and _acts_on_one(args, kwargs):
+                    handle = first
+                    return handle._apply(lambda x: func(x, *args[1:], **kwargs))
+        if name in _ELEMENTWISE and len(args) == 2 and isinstance(args[1], Handle) and _acts_on_one(args[::-1], kwargs):
+            if args[1].is_untouched():  # a 0-dim tensor or a number stands on the left
+                return args[1]._apply(lambda x: func(args[0], x, **kwargs))
+        return _call_on_real(func, name, args, kwargs)
+
+
+class _RemovableHook:
+    removed = False
+
+    def remove(self) -> None:
+        self.removed = True
+
+
+def _acts_on_one(args: Any, kwargs: dict[str, Any]) -> bool:
+    """True if nothing but the first argument is a tensor with dimensions, so that acting on parts is acting on the whole."""
+    rest = [*args[1:], *kwargs.values()]
+    return "out" not in kwargs and not any(isinstance(x, Tensor) and x.dim() > 0 for x in rest)
+
+
+def _call_on_real(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    first = args[0] if args else None
+    if _is_in_place(name) and isinstance(first, Handle) and not first._allows_in_place:
+        raise RuntimeError(
+            f"{name} would change a block's input in place, which is shared with the sharded layers; "
+            "let the model code clone() it first"
+        )
+
+    def real(x: Any) -> Any:
+        return x.materialise(name) if isinstance(x, Handle) else x
+
+    result = func(*tree_map(real, args), **tree_map(real, kwargs))
+    return first if isinstance(first, Handle) and result is first._full else result
+
+
+class TokenShard(Handle):
+    """[b, s, h] of which this rank holds `source` [1, c, h]: embeddings, layer outputs, the last hidden state.
+
+    Whole, it serves work that every rank repeats alike (pooling, a value head, a user's own loss).
+    """
+
+    _elementwise = _ELEMENTWISE_ON_TOKENS
+
+    def __new__(cls, source: Tensor, region: TokenRegion, state: ShardingState) -> TokenShard:
+        """`source` [1, c, h], any floating dtype."""
+        shape = (region.batch, region.seq, source.shape[-1])
+        return cls._make(shape, source, region, state, source.dtype)  # type: ignore[no-any-return]
+
+    def _gather(self) -> Tensor:
+        return self.region.full_for_replicated(self.source)
+
+    def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
+        return TokenShard(act(self.source), self.region, self.state)
+
+    def local(self) -> Tensor:
+        """This rank's rows [1, c, h]: the shard, or the rows of the whole once somebody has had it in hand."""
+        return self.source if self._full is None else self.region.local_of_replicated(self._full)
+
+
+class GatheredInput(Handle):
+    """The input [b, s, h] of a sharded block, of which this rank holds `source` (rows, or all where tokens are not cut).
+
+    Column-parallel linears of the block are computed together from one gather. Whole, it serves work inside the block,
+    whose gradient is a part on every rank.
+    """
+
+    _elementwise: set[str] = set()
+    _allows_in_place = False
+    _outputs: dict[int, Tensor]
+
+    def __new__(cls, source: Tensor, region: TokenRegion, state: ShardingState) -> GatheredInput:
+        """`source` in `region.local_shape`."""
+        shape = (region.batch, region.seq, source.shape[-1])
+        handle = cls._make(shape, source, region, state, source.dtype)
+        handle._outputs = {}
+        return handle  # type: ignore[no-any-return]
+
+    def _gather(self) -> Tensor:
+        return self.region.full_for_partial(self.source)
+
+    def column(self, linear: ColumnParallelLinear) -> Tensor:
+        """Output [b, s, out/t] of one column-parallel linear; its siblings' come from the same gather."""
+        from .linear import column_parallel
+
+        if id(linear) not in self._outputs:
+            members = [linear, *(m for m in linear.siblings if m is not linear and id(m) not in self._outputs)]
+            outputs = column_parallel(self.source, self.region, members)
+            self._outputs.update({id(m): out for m, out in zip(members, outputs, strict=True)})
+        return self._outputs.pop(id(linear))
+
+    def unused(self) -> list[int]:
+        """Ids of sibling linears that were computed with the others but never asked for."""
+        return list(self._outputs)
+
+
+class ShardedLogits(Handle):
+    """[b, s, V] over `source` (the hidden rows that this rank holds) and the head's vocabulary shard; not computed yet.
+
+    Scalings, casts and tanh are kept in `transforms` and replayed on whatever part of the logits is computed.
+    """
+
+    head: VocabParallelHead
+    transforms: tuple[Callable[[Tensor], Tensor], ...]
+
+    def __new__(
+        cls,
+        source: Tensor,
+        region: TokenRegion,
+        head: VocabParallelHead,
+        transforms: tuple[Callable[[Tensor], Tensor], ...] = (),
+        dtype: torch.dtype | None = None,
+    ) -> ShardedLogits:
+        """`source` in `region.local_shape`; `dtype` of the logits if a transform changed it."""
+        shape = (region.batch, region.seq, head.vocab_size)
+        handle = cls._make(shape, source, region, head.seqpar, dtype or source.dtype)
+        handle.head, handle.transforms = head, transforms
+        return handle  # type: ignore[no-any-return]
+
+    def _gather(self) -> Tensor:
+        logits = self.head.gathered_logits(self.source, self.region)
+        for transform in self.transforms:
+            logits = transform(logits)
+        return logits
+
+    def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
+        dtype = act(torch.empty(1, dtype=self.dtype, device=self.device)).dtype
+        return ShardedLogits(self.source, self.region, self.head, (*self.transforms, act), dtype)

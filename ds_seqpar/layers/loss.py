@@ -1,0 +1,207 @@
+"""Fused, chunked, vocabulary-parallel linear + cross-entropy: [T, V_r] logits never exist at once.
+
+Legend: T tokens, t tp_size, c = ceil(T/t), h hidden, V_r this rank's vocabulary rows, k rows a chunk takes from each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from ..comm.collectives import all_reduce
+from ..comm.tokens import gather_rows, reduce_scatter_rows
+from .handles import ShardedLogits
+from .region import TokenRegion
+
+__all__ = ["CausalLMLoss", "vocab_parallel_linear_cross_entropy"]
+
+Transforms = tuple[Callable[[Tensor], Tensor], ...]
+
+
+@dataclass(frozen=True)
+class _Options:
+    region: TokenRegion
+    vocab_start: int
+    vocab_size: int
+    chunk_tokens: int
+    ignore_index: int
+    transforms: Transforms
+
+
+class _LinearCrossEntropy(Function):
+    """Gradients are made in forward, chunk by chunk, and scaled in backward: no logits are kept or computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
+    ) -> tuple[Tensor, Tensor]:
+        group, cut = options.region.groups.tp_group, options.region.cut
+        wants_dx, wants_dw, wants_db = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dx = torch.zeros_like(hidden) if wants_dx else None
+        dw = torch.zeros_like(weight, dtype=wide) if wants_dw else None
+        db = torch.zeros_like(bias, dtype=wide) if wants_db and bias is not None else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for rows, wanted in _chunks(targets, options):
+            mine = hidden[rows]
+            x = gather_rows(mine, wanted.numel(), group) if cut else mine
+            logits = torch.nn.functional.linear(x, weight, bias)
+            losses, dlogits = _chunk_loss(logits, wanted, options, wants_dx or wants_dw or wants_db)
+            total += losses
+            if dx is not None:
+                partial = dlogits @ weight
+                dx[rows] = reduce_scatter_rows(partial, group) if cut else partial
+            if dw is not None:
+                dw += dlogits.t() @ x
+            if db is not None:
+                db += dlogits.sum(0)
+        if dx is not None and not cut:
+            dx = all_reduce(dx, group)
+        ctx.save_for_backward(dx, dw, db)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        counted = (targets != options.ignore_index).sum().to(wide)
+        ctx.mark_non_differentiable(counted)
+        return total, counted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, db = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        dx = None if dx is None else dx * dloss.to(dx.dtype)
+        dw = None if dw is None else (dw * dloss).to(weight_dtype)
+        db = None if db is None else (db * dloss).to(bias_dtype)
+        return dx, dw, db, None, None
+
+
+def _chunks(targets: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor]]:
+    """(rows of the local hidden states, targets of the gathered chunk) until all T tokens are done."""
+    region = options.region
+    t = region.groups.tp_size if region.cut else 1
+    lined_up = pad(targets, (0, t * region.rows - targets.numel()), value=options.ignore_index).view(t, region.rows)
+    step = max(1, options.chunk_tokens // t)
+    for start in range(0, region.rows, step):
+        rows = slice(start, min(start + step, region.rows))
+        yield rows, lined_up[:, rows].reshape(-1)
+
+
+def _chunk_loss(logits: Tensor, targets: Tensor, options: _Options, wants_grad: bool) -> tuple[Tensor, Tensor]:
+    """(sum of the chunk's losses, d sum / d logits) from logits [n, V_r] and targets [n]."""
+    group = options.region.groups.tp_group
+    leaf = z = logits
+    if options.transforms:
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_(wants_grad)
+            z = leaf
+            for transform in options.transforms:
+                z = transform(z)
+    values = z.detach().to(torch.promote_types(z.dtype, torch.float32))
+    top = all_reduce(values.max(dim=-1).values, group, dist.ReduceOp.MAX)
+    exps = (values - top.unsqueeze(-1)).exp_()
+    local = targets - options.vocab_start
+    mine = (local >= 0) & (local < values.shape[-1])
+    local = torch.where(mine, local, 0).unsqueeze(-1)
+    at_target = values.gather(-1, local).squeeze(-1) * mine
+    sums, at_target = all_reduce(torch.stack([exps.sum(-1), at_target]), group).unbind(0)
+    counted = targets != options.ignore_index
+    losses = torch.where(counted, sums.log() + top - at_target, 0.0).sum()
+    if not wants_grad:
+        return losses, logits
+    dz = exps.div_(sums.unsqueeze(-1))
+    dz.scatter_add_(-1, local, -mine.unsqueeze(-1).to(dz.dtype))
+    dz.mul_(counted.unsqueeze(-1))
+    dz = dz.to(z.dtype)
+    return losses, torch.autograd.grad(z, leaf, dz)[0] if options.transforms else dz
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    region: TokenRegion,
+    *,
+    vocab_start: int,
+    vocab_size: int,
+    chunk_tokens: int,
+    ignore_index: int = -100,
+    transforms: Transforms = (),
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of -log softmax(transforms(hidden @ weight.T + bias))[target], and how many were counted.
+
+    Args:
+        hidden: [region.rows, h], this rank's rows.
+        weight: [V_r, h], rows vocab_start .. vocab_start + V_r of the head. bias: [V_r] or None.
+        targets: [T] int64, equal on every rank, already shifted; `ignore_index` is not counted.
+        chunk_tokens: logits of this many tokens exist at a time.
+        transforms: elementwise functions of the logits (a scale, a softcap).
+
+    Returns:
+        Two fp32 scalars, equal on every rank; the first is differentiable with respect to hidden, weight and bias.
+
+    Raises:
+        IndexError: a target is neither `ignore_index` nor in 0 .. vocab_size - 1 (on a GPU: a device-side assertion).
+    """
+    allowed = ((targets == ignore_index) | ((targets >= 0) & (targets < vocab_size))).all()
+    if targets.device.type == "cpu" and not allowed:
+        bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
+        raise IndexError(f"label {int(bad[0])} is outside the vocabulary of {vocab_size}; use {ignore_index} to ignore a token")
+    torch._assert_async(allowed, f"a label is outside the vocabulary of {vocab_size}")
+    options = _Options(region, vocab_start, vocab_size, chunk_tokens, ignore_index, transforms)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options)  # type: ignore[no-any-return]
+
+
+class CausalLMLoss:
+    """Stands in for the model's `loss_function`; same signature and value as Hugging Face's causal-LM loss.
+
+    Takes ShardedLogits whole into the fused loss; whatever else it is given goes to the loss it stands in for.
+    """
+
+    def __init__(self, original: Callable[..., Tensor]) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """logits [b, s, V], labels [b, s] (shifted here) or shift_labels [b, s] -> scalar fp32 loss."""
+        if shift_labels is not None:
+            targets = shift_labels
+        elif labels is not None:
+            targets = pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        else:
+            raise ValueError("the loss needs labels or shift_labels")
+        fits = isinstance(logits, ShardedLogits) and logits.is_untouched() and vocab_size == logits.head.vocab_size
+        if not (isinstance(logits, ShardedLogits) and fits and targets.numel() == logits.region.tokens):
+            return self.original(
+                logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index, shift_labels=shift_labels, **kwargs,
+            )  # fmt: skip
+        total, counted = logits.head.loss(
+            logits.source,
+            logits.region,
+            targets.reshape(-1).to(logits.source.device),
+            vocab_size=vocab_size,
+            chunk_tokens=logits.state.loss_chunk_tokens,
+            ignore_index=ignore_index,
+            transforms=logits.transforms,
+        )
+        if num_items_in_batch is None:
+            return total / counted
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch

@@ -1,0 +1,76 @@
+"""Random numbers: different on every rank where tokens or heads differ, equal where activations are replicated.
+
+Inside a fork the *default* generators run a stream of this rank. They are the ones that torch.utils.checkpoint saves
+and restores, so a recomputed layer draws the same masks. Outside, nothing was drawn but one seed a forward, so ranks
+that were seeded alike stay alike and a fixed seed gives the same run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from ..groups import ParallelGroups
+
+__all__ = ["ParallelRandom", "draw_seed"]
+
+_MIX = 0x9E3779B97F4A7C15  # odd 64-bit constant: consecutive ranks land far apart
+
+
+def draw_seed() -> int:
+    """One 63-bit number from the default CPU generator."""
+    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+
+
+class ParallelRandom:
+    """Forks of the default generators for one rank of a tensor-parallel group."""
+
+    def __init__(self, tp_rank: int, device: torch.device) -> None:
+        self._tp_rank = tp_rank
+        self._device = device
+        self._saved: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    @contextmanager
+    def fork(self, seed: int, *, per_rank: bool) -> Iterator[None]:
+        """Runs the body on a stream made of `seed` and, if `per_rank`, this rank; restores the generators after it.
+
+        Args:
+            seed: the same number on every rank of the group.
+            per_rank: True for activations that differ between ranks, False for replicated ones.
+        """
+        depth = len(self._saved)
+        self._enter((seed + _MIX * (self._tp_rank + 1) * per_rank) % 2**63)
+        try:
+            yield
+        finally:
+            while len(self._saved) > depth:
+                self.leave()
+
+    def agree(self, groups: ParallelGroups) -> None:
+        """Sets this rank's default generators to the states of the group's first rank. Collective."""
+        source = dist.get_global_rank(groups.tp_group, 0)
+        state = torch.get_rng_state()
+        dist.broadcast(state, source, group=groups.tp_cpu_group)
+        torch.set_rng_state(state)
+        if self._device.type == "cuda":
+            state = torch.cuda.get_rng_state(self._device)
+            dist.broadcast(state, source, group=groups.tp_cpu_group)
+            torch.cuda.set_rng_state(state, self._device)
+
+    def leave(self) -> None:
+        """Ends the innermost fork early: where a block's output becomes replicated before the block returns."""
+        if self._saved:
+            cpu, cuda = self._saved.pop()
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self._device)
+
+    def _enter(self, seed: int) -> None:
+        on_gpu = self._device.type == "cuda"
+        self._saved.append((torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_gpu else None))
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)

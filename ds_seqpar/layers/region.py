@@ -1,0 +1,119 @@
+"""Where a forward stands: how its tokens lie over the ranks, and what the layers of one model share.
+
+Legend: b batch, s sequence, T = b*s tokens, t tp_size, c = ceil(T/t), h hidden.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..comm.regions import (
+    copy_for_partial,
+    gather_for_partial,
+    gather_for_replicated,
+    reduce_partial,
+    reduce_scatter_partial,
+    scatter,
+)
+from ..comm.tokens import rows_per_rank
+from ..groups import ParallelGroups
+from .guard import InputGuard
+from .partial import PartialGradients
+from .random import ParallelRandom
+
+__all__ = ["ShardingState", "TokenRegion"]
+
+
+@dataclass(frozen=True)
+class TokenRegion:
+    """One forward's tokens. `cut`: each rank holds [1, c, h] of them; otherwise every rank holds [b, s, h]."""
+
+    batch: int
+    seq: int
+    cut: bool
+    groups: ParallelGroups
+    overlap: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.batch * self.seq
+
+    @property
+    def rows(self) -> int:
+        """Rows that a rank holds: c where tokens are cut, otherwise T."""
+        return rows_per_rank(self.tokens, self.groups.tp_size) if self.cut else self.tokens
+
+    def local_shape(self, width: int) -> tuple[int, int, int]:
+        """The shape in which a rank holds the region's activations."""
+        return (1, self.rows, width) if self.cut else (self.batch, self.seq, width)
+
+    def full_for_partial(self, local: Tensor) -> Tensor:
+        """Local [.., h] -> [b, s, h] for work that is cut over the group; backward sums over it."""
+        rows = local.reshape(self.rows, -1)
+        group = self.groups.tp_group
+        full = gather_for_partial(rows, self.tokens, group) if self.cut else copy_for_partial(rows, group)
+        return full.view(self.batch, self.seq, -1)
+
+    def full_for_replicated(self, local: Tensor) -> Tensor:
+        """Local [.., h] -> [b, s, h] for work that every rank repeats alike."""
+        if not self.cut:
+            return local
+        full = gather_for_replicated(local.reshape(self.rows, -1), self.tokens, self.groups.tp_group)
+        return full.view(self.batch, self.seq, -1)
+
+    def local_of_partial(self, partial: Tensor) -> Tensor:
+        """[T, h] partial sums -> this rank's rows of their sum, in `local_shape`."""
+        group = self.groups.tp_group
+        local = reduce_scatter_partial(partial, group) if self.cut else reduce_partial(partial, group)
+        return local.view(self.local_shape(partial.shape[-1]))
+
+    def local_of_replicated(self, full: Tensor) -> Tensor:
+        """[b, s, h] on every rank -> this rank's rows, in `local_shape`."""
+        if not self.cut:
+            return full
+        return scatter(full.reshape(self.tokens, -1), self.groups.tp_group).view(self.local_shape(full.shape[-1]))
+
+
+@dataclass
+class ShardingState:
+    """What the sharded modules of one model share. Reached from each of them as `seqpar`."""
+
+    groups: ParallelGroups
+    sequence_parallel: bool
+    overlap: bool
+    recompute_mlp: bool
+    loss_chunk_tokens: int
+    partial: PartialGradients
+    random: ParallelRandom
+    guard: InputGuard
+    guarded_seed: int | None = None
+    region: TokenRegion | None = None
+    materialised: Counter[str] = field(default_factory=Counter)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ShardingState:
+        return self  # a copied module belongs to the same groups
+
+    def region_for(self, batch: int, seq: int) -> TokenRegion:
+        """The region of a forward over [b, s] tokens.
+
+        Tokens are cut whenever a gradient may be asked for, so that a parameter's kind never depends on the call;
+        without gradients, single-token decoding runs as plain tensor parallelism.
+        """
+        cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
+        return TokenRegion(batch, seq, cut, self.groups, self.overlap)
+
+    @contextmanager
+    def within(self, region: TokenRegion | None) -> Iterator[None]:
+        """Makes `region` the current one, also while a checkpointed layer is recomputed during backward."""
+        before, self.region = self.region, region
+        try:
+            yield
+        finally:
+            self.region = before

@@ -1,0 +1,32 @@
+"""A module proves that it treats each token alone before it is run on a shard of the tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+__all__ = ["is_tokenwise"]
+
+
+@torch.no_grad()
+def is_tokenwise(module: nn.Module, hidden_size: int) -> bool:
+    """True if `module` maps [1, n, h] to [1, n, h'] row by row, for any n and any order of the rows.
+
+    Measured on random rows with the module's own weights, in evaluation mode; the module is left as it was.
+    """
+    parameter = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 4, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
+    was_training = module.training
+    module.eval()
+    try:
+        whole = module(rows)
+        singly = torch.cat([module(rows[:, i : i + 1]) for i in (3, 0, 2, 1)], dim=1)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False
+    finally:
+        module.train(was_training)
+    if not isinstance(whole, torch.Tensor) or whole.shape[:2] != (1, 4) or singly.shape != whole.shape:
+        return False
+    tolerance = 64 * torch.finfo(whole.dtype).eps
+    return bool(torch.allclose(whole[:, (3, 0, 2, 1)], singly, rtol=tolerance, atol=tolerance * float(whole.abs().max())))

@@ -1,0 +1,1 @@
+"""What is cut, and how: decided before anything is touched, from data alone. Imports no torch."""

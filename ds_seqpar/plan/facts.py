@@ -1,0 +1,37 @@
+"""What a plan needs to know of a model, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["ModelFacts", "ModuleFacts"]
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """A module that owns parameters. `role`: "linear", "embedding" or "other"; shapes of its own parameters only."""
+
+    role: str
+    type_name: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model, by name and number. Module names are full; `tp_plan` patterns are full too."""
+
+    model_type: str
+    base: str  # name of the base model, "" if the model is its own
+    tp_plan: Mapping[str, str]
+    modules: Mapping[str, ModuleFacts]
+    embedding: str
+    head: str | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+
+    def full_name(self, relative: str) -> str:
+        """A name relative to the base model, made full."""
+        return f"{self.base}.{relative}" if self.base else relative

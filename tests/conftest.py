@@ -1,0 +1,19 @@
+"""Set before torch is imported: ranks are forked, so the parent must have no threads, and DeepSpeed must stay on the CPU."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import logging
+
+import torch
+
+torch.set_num_threads(1)
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,0 +1,84 @@
+"""Runs a function on N gloo ranks: forked from this process after its imports, over a file store, without ports.
+
+A rank that raises fails the test with its traceback; a rank that does not end in time is killed and reported as a hang.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["RankError", "run_ranks"]
+
+
+class RankError(AssertionError):
+    """What went wrong on the ranks: `errors[rank]` is the traceback's text, "hang", or None."""
+
+    def __init__(self, errors: list[str | None]) -> None:
+        self.errors = errors
+        super().__init__("\n".join(f"--- rank {i} ---\n{e}" for i, e in enumerate(errors) if e))
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, deepspeed: bool = True) -> list[Any]:
+    """Calls `function(*args)` on `world` ranks; returns what each returned. `deepspeed`: initialise deepspeed.comm too."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(rank, world, folder, function, args, deepspeed), daemon=True)
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout
+        failed_at = None
+        while any(p.is_alive() for p in ranks) and time.monotonic() < deadline:
+            time.sleep(0.005)
+            if failed_at is None and any(p.exitcode for p in ranks):
+                failed_at = time.monotonic()
+                deadline = min(deadline, failed_at + 20.0)  # the others fail on their own, or hang and are named
+        results: list[Any] = [None] * world
+        errors: list[str | None] = [None] * world
+        for rank, process in enumerate(ranks):
+            if process.is_alive():
+                process.kill()
+                errors[rank] = "hang"
+            process.join()
+            path = f"{folder}/result{rank}"
+            if os.path.exists(path):
+                with open(path, "rb") as file:
+                    results[rank], errors[rank] = pickle.load(file)
+            elif errors[rank] is None:
+                errors[rank] = f"exit code {process.exitcode}"
+        if any(errors):
+            raise RankError(errors)
+        return results
+
+
+def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: Any, deepspeed: bool) -> None:
+    torch.set_num_threads(1)
+    result, error = None, None
+    try:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        if deepspeed:
+            import deepspeed.comm
+            import deepspeed.comm.torch as backend
+
+            backend.build_shm_op = lambda: None  # an optional compiled op, a minute to build
+            deepspeed.comm.init_distributed("gloo")
+        result = function(*args)
+    except BaseException:
+        error = traceback.format_exc()
+    with open(f"{folder}/partial{rank}", "wb") as file:
+        pickle.dump((result, error), file)
+    os.rename(f"{folder}/partial{rank}", f"{folder}/result{rank}")
+    os._exit(1 if error else 0)
