@@ -68,6 +68,7 @@ def compare_sgd(
         loss = engine(**_mine(batch, micro, tp)).loss
         engine.backward(loss)
         engine.step()
+        loss = loss.detach()
         expected, each = _reference_loss(reference, batch, micro, dp)
         (expected / accumulation).backward()
         errors[f"loss {step}"] = abs(float(loss) - each[dist.get_rank() // tp]) / abs(each[dist.get_rank() // tp])
@@ -77,7 +78,7 @@ def compare_sgd(
         for name, parameter in reference.named_parameters():
             change = parameter.detach() - before[name]
             errors[name] = float(((after[name] - before[name]) - change).norm() / change.norm().clamp_min(1e-12))
-    errors["replicas"] = 0.0 if replicas_equal(engine) else 1.0
+    errors["replicas"] = 0.0 if replicas_equal(engine, ()) else 1.0
     engine.destroy()
     return errors
 
@@ -100,6 +101,7 @@ def compare_adamw(family: str, tp: int, stage: int, *, micro: int = 1, accumulat
             loss = engine(**_mine(batch, micro, tp)).loss
             engine.backward(loss)
             engine.step()
+            loss = loss.detach()
             expected, each = _reference_loss(reference, batch, micro, dp)
             (expected / accumulation).backward()
             mine = each[dist.get_rank() // tp]
@@ -120,7 +122,7 @@ def compare_adamw(family: str, tp: int, stage: int, *, micro: int = 1, accumulat
     return errors
 
 
-def replicas_equal(engine: Any) -> bool:
+def replicas_equal(engine: Any, moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")) -> bool:
     """True if replicated parameters and their optimizer state are equal bit for bit on the ranks of this tp_group."""
     state = engine.module.seqpar
     kinds = engine.seqpar_report.parameters()
@@ -131,7 +133,7 @@ def replicas_equal(engine: Any) -> bool:
             continue
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             tensors.append(parameter.detach().clone())
-        for which in ("exp_avg", "exp_avg_sq"):
+        for which in moments:
             moment = _optimizer_state(engine, parameter, which)
             if moment is not None:
                 tensors.append(moment.detach().clone())

@@ -8,12 +8,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # five seconds of imports, once before the fork instead of on every rank
 import torch
 import torch.distributed as dist
 
@@ -71,9 +73,8 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
         if deepspeed:
             import deepspeed.comm
-            import deepspeed.comm.torch as backend
 
-            backend.build_shm_op = lambda: None  # an optional compiled op, a minute to build
+            sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # optional, slow to build
             deepspeed.comm.init_distributed("gloo")
         result = function(*args)
     except BaseException:
