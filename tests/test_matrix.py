@@ -1,0 +1,57 @@
+"""llama and qwen3 over tp x dp x ZeRO stage x micro batch x recompute, accumulation 3, against the unsharded model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import pytest
+from exactness import compare_adamw, compare_sgd
+from ranks import run_ranks
+
+FAMILIES = ("llama", "qwen3")
+GRID = [(tp, dp) for tp in (1, 2, 3, 4) for dp in (1, 2)]
+EVERYTHING = list(itertools.product((0, 1, 2, 3), (1, 2), ("none", "full")))
+
+
+def _sample(tp: int, dp: int) -> list[tuple[int, int, str]]:
+    """Every stage; micro batch and recompute alternate, the other way round for the next tp or dp."""
+    return [(stage, 1 + (stage + tp + dp) % 2, ("none", "full")[(stage // 2 + tp) % 2]) for stage in (0, 1, 2, 3)]
+
+
+def _cases(compare: str, tp: int, cases: Iterable[tuple[str, int, int, str]]) -> dict[str, dict[str, float]]:
+    run = {"sgd": compare_sgd, "adamw": compare_adamw}[compare]
+    return {
+        f"{family} zero{stage} micro{micro} {recompute}": run(family, tp, stage, micro=micro, key={"recompute": recompute})
+        for family, stage, micro, recompute in cases
+    }
+
+
+def _check(compare: str, tp: int, dp: int, settings: Iterable[tuple[int, int, str]]) -> None:
+    cases = [(family, *setting) for family in FAMILIES for setting in settings]
+    bad = {}
+    for rank, results in enumerate(run_ranks(tp * dp, _cases, compare, tp, cases, timeout=1800)):
+        assert len(results) == len(cases)
+        for case, errors in results.items():
+            for name, error in errors.items():
+                exact = compare == "sgd" or name.startswith(("loss", "norm"))
+                if not error <= (1e-5 if exact else 1e-4):
+                    bad[f"{case}, rank {rank}, {name}"] = error
+    assert not bad, f"relative errors too large: {bad}"
+
+
+@pytest.mark.parametrize(("tp", "dp"), GRID)
+def test_sgd_step_sample(tp: int, dp: int) -> None:
+    _check("sgd", tp, dp, _sample(tp, dp))
+
+
+@pytest.mark.parametrize(("tp", "dp"), GRID)
+def test_adamw_steps_sample(tp: int, dp: int) -> None:
+    _check("adamw", tp, dp, _sample(tp, dp)[(tp + dp) % 2 :: 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "dp"), GRID)
+@pytest.mark.parametrize("compare", ["sgd", "adamw"])
+def test_everything(compare: str, tp: int, dp: int) -> None:
+    _check(compare, tp, dp, EVERYTHING)

@@ -1,0 +1,102 @@
+"""Exact in every mode of the key and every way a user's loop may differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from exactness import compare_adamw, compare_sgd, engine_for
+from models import batches, tiny
+from ranks import run_ranks
+
+import ds_seqpar
+
+
+def _assert_exact(results: list[dict[str, float]]) -> None:
+    bad = {f"rank {rank}, {name}": e for rank, errors in enumerate(results) for name, e in errors.items() if not e <= 1e-5}
+    assert not bad, bad
+
+
+@pytest.mark.parametrize("key", [{"sequence_parallel": False}, {"recompute": "selective"}, {"overlap": "off"}, {"loss_chunk_tokens": 1}])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_modes_of_the_key(family: str, key: dict[str, Any]) -> None:
+    _assert_exact(run_ranks(2, _sgd, family, 2, key, {}, 7, 1))
+
+
+@pytest.mark.parametrize("family", ["olmo2", "phi3", "qwen2"])
+@pytest.mark.parametrize("tp", [3, 4])
+def test_more_ranks_than_divide(family: str, tp: int) -> None:
+    _assert_exact(run_ranks(tp, _sgd, family, tp, {}, {}, 7, 1))
+
+
+@pytest.mark.parametrize(("own", "seq", "micro"), [
+    ({"tie_word_embeddings": False}, 7, 1),
+    ({}, 1, 1),  # fewer tokens than ranks
+    ({}, 5, 3),
+    ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "vocab_size": 64}, 6, 1),  # SmolLM2's heads
+    ({"attn_implementation": "eager"}, 7, 2),
+])  # fmt: skip
+def test_shapes(own: dict[str, Any], seq: int, micro: int) -> None:
+    _assert_exact(run_ranks(2, _sgd, "llama", 2, {}, own, seq, micro))
+
+
+def _sgd(family: str, tp: int, key: dict[str, Any], own: dict[str, Any], seq: int, micro: int) -> dict[str, float]:
+    return compare_sgd(family, tp, 1, key=key, own=own, seq=seq, micro=micro)
+
+
+def _reentrant(reentrant: bool) -> dict[str, float]:
+    model, reference = tiny("llama").train(), tiny("llama").train()
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, 1, 2, 1)
+    engine.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    before = {n: p.detach().clone() for n, p in reference.named_parameters()}
+    batch = batches(1, 2)[0]
+    engine.module.enable_input_require_grads()
+    loss = engine(**batch).loss
+    with torch.no_grad():
+        engine(**batches(1, 1, 4, seed=9)[0])  # another forward, of another shape, before backward recomputes
+    engine.backward(loss)
+    engine.step()
+    reference(**batch).loss.backward()
+    after = ds_seqpar.full_state_dict(engine)
+    if dist.get_rank():
+        return {}
+    return {n: float((before[n] - after[n] - p.grad).norm() / p.grad.norm()) - 4e-5 for n, p in reference.named_parameters()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_as_hugging_face_spells_it(reentrant: bool) -> None:
+    _assert_exact(run_ranks(2, _reentrant, reentrant))
+
+
+def _bf16_losses(tp: int) -> list[float]:
+    model = tiny("llama", hidden_size=96, head_dim=16, intermediate_size=128).train()
+    options = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    key = {"tp_size": tp} if tp > 1 else {"tp_size": 1, "enabled": False}
+    engine = engine_for(model, torch.optim.AdamW(model.parameters(), **options), key, 1, 2, 1, bf16={"enabled": True}, gradient_clipping=1.0)
+    losses = []
+    for batch in batches(1, 2, 16) * 20:
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_bf16_losses_track_the_unsharded_run_within_rounding() -> None:
+    (expected,) = run_ranks(1, _bf16_losses, 1)
+    for ours in run_ranks(2, _bf16_losses, 2):
+        assert expected[-1] < 0.9 * expected[0], "the run must learn something"
+        for step, (a, b) in enumerate(zip(ours, expected, strict=True)):
+            assert abs(a - b) <= 2**-8 * abs(b), f"step {step}: {a} against {b}"
+
+
+def test_adamw_with_plain_tensor_parallelism() -> None:
+    results = run_ranks(2, _adamw_plain)
+    bad = {n: e for errors in results for n, e in errors.items() if not e <= (1e-5 if n.startswith(("loss", "norm")) else 1e-4)}
+    assert not bad, bad
+
+
+def _adamw_plain() -> dict[str, float]:
+    return compare_adamw("qwen3", 2, 2, key={"sequence_parallel": False})

@@ -1,0 +1,138 @@
+"""What travels and what is kept: number and bytes of the collectives of a layer, and the tensors saved for backward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from exactness import engine_for
+from models import batches, tiny
+from ranks import run_ranks
+
+from ds_seqpar.comm import collectives
+
+HIDDEN, SEQ = 48, 8
+
+
+def _count(layers: int, tp: int, key: dict[str, Any]) -> dict[str, Counter[str]]:
+    """Calls and elements of each collective in forward and in backward of one step."""
+    model = tiny("llama", num_hidden_layers=layers).train()
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 2, 1)
+    counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
+    phase = "forward"
+    plain = collectives._all_gather, collectives._reduce_scatter, dist.all_reduce
+
+    def all_gather(out: Any, x: Any, **kwargs: Any) -> Any:
+        counts[phase].update({"all_gather": 1, "all_gather elements": out.numel()})
+        return plain[0](out, x, **kwargs)
+
+    def reduce_scatter(out: Any, x: Any, **kwargs: Any) -> Any:
+        counts[phase].update({"reduce_scatter": 1, "reduce_scatter elements": x.numel()})
+        return plain[1](out, x, **kwargs)
+
+    def all_reduce(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("group") is engine.module.seqpar.groups.tp_group:  # ZeRO's own are over the data-parallel group
+            counts[phase].update({"all_reduce": 1, "all_reduce elements": tensor.numel()})
+        return plain[2](tensor, *args, **kwargs)
+
+    collectives._all_gather, collectives._reduce_scatter, dist.all_reduce = all_gather, reduce_scatter, all_reduce
+    try:
+        batch = batches(1, 2, SEQ)[0]
+        batch.pop("attention_mask")
+        loss = engine(**batch).loss
+        phase = "backward"
+        engine.backward(loss)
+    finally:
+        collectives._all_gather, collectives._reduce_scatter, dist.all_reduce = plain
+    return counts
+
+
+def _per_layer(tp: int, key: dict[str, Any]) -> dict[str, dict[str, int]]:
+    two, three = (run_ranks(tp, _count, layers, tp, key)[0] for layers in (2, 3))
+    return {phase: {n: three[phase][n] - two[phase][n] for n in three[phase]} for phase in ("forward", "backward")}
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_layer_gathers_and_scatters_twice_and_regathers_twice_in_backward(tp: int) -> None:
+    layer = _per_layer(tp, {})
+    block = 2 * SEQ * HIDDEN  # T*h elements
+    assert layer["forward"]["all_gather"] == layer["forward"]["reduce_scatter"] == 2
+    assert layer["forward"]["all_gather elements"] == layer["forward"]["reduce_scatter elements"] == 2 * block
+    assert layer["forward"].get("all_reduce", 0) == 0
+    assert layer["backward"]["all_gather"] == 4  # dy of o and down, and the inputs of q,k,v and gate,up again
+    assert layer["backward"]["reduce_scatter"] == 2
+    assert layer["backward"]["all_gather elements"] == 4 * block
+    assert layer["backward"]["reduce_scatter elements"] == 2 * block
+    # both norms and the two row biases, h elements each; with more ranks than kv heads, the copied k, v weights and biases too
+    assert layer["backward"]["all_reduce"] == (4 if tp == 2 else 8)
+    if tp == 2:
+        assert layer["backward"]["all_reduce elements"] == 4 * HIDDEN
+
+
+def test_plain_tensor_parallelism_all_reduces_twice_each_way() -> None:
+    layer = _per_layer(2, {"sequence_parallel": False})
+    block = 2 * SEQ * HIDDEN
+    for phase in ("forward", "backward"):
+        assert layer[phase] == {"all_reduce": 2, "all_reduce elements": 2 * block}
+
+
+def _saved(tp: int, key: dict[str, Any]) -> list[tuple[int, ...]]:
+    model = tiny("llama", intermediate_size=56).train()
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 2, 1)
+    parameters = {p.data_ptr() for p in model.parameters()}
+    shapes = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.data_ptr() not in parameters:
+            shapes.append(tuple(x.shape))
+        return x
+
+    batch = batches(1, 2, 16)[0]
+    batch.pop("attention_mask")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        engine(**batch)
+    return shapes
+
+
+@pytest.mark.parametrize("key", [{}, {"recompute": "selective"}, {"recompute": "full"}])
+def test_nothing_of_full_length_and_full_width_is_saved_for_backward(key: dict[str, Any]) -> None:
+    tokens, head_gradient = 2 * 16, (34, HIDDEN)  # the fused loss makes the head's weight gradient in forward
+    for shapes in run_ranks(3, _saved, 3, key):
+        assert shapes
+        too_large = [s for s in shapes if torch.Size(s).numel() >= tokens * HIDDEN and s != head_gradient]
+        assert not too_large, f"saved for backward: {too_large}"
+        logits = [s for s in shapes if s and s[-1] in (101, 34, 33) and torch.Size(s).numel() >= tokens * 33]
+        assert not logits, f"logits are kept: {logits}"
+
+
+def _held(key: dict[str, Any]) -> int:
+    """Bytes kept for backward by one layer more."""
+    totals = []
+    for layers in (2, 3):
+        model = tiny("llama", num_hidden_layers=layers).train()
+        engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2, **key}, 1, 2, 1)
+        parameters = {p.data_ptr() for p in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(x: torch.Tensor, kept: dict[int, int] = kept, parameters: set[int] = parameters) -> torch.Tensor:
+            if x.data_ptr() not in parameters:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        batch = batches(1, 2, 16)[0]
+        batch.pop("attention_mask")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            output = engine(**batch)
+        totals.append(sum(kept.values()))
+        del output
+    return totals[1] - totals[0]
+
+
+def test_recompute_keeps_less_and_full_keeps_the_input_shard_alone() -> None:
+    none, selective, full = (run_ranks(2, _held, {"recompute": r})[0] for r in ("none", "selective", "full"))
+    assert full < selective < none
+    # non-reentrant checkpointing holds its input outside saved tensors: nothing of a recomputed layer is in them but generator state
+    assert full <= 2 * 16 // 2 * HIDDEN * 4 + 16384
