@@ -25,21 +25,20 @@ def test_modes_of_the_key(family: str, key: dict[str, Any]) -> None:
     _assert_exact(run_ranks(2, _sgd, family, 2, key, {}, 7, 1))
 
 
-@pytest.mark.parametrize("family", ["olmo2", "phi3", "qwen2"])
-@pytest.mark.parametrize("tp", [3, 4])
+@pytest.mark.parametrize(("family", "tp"), [("olmo2", 3), ("olmo2", 4), ("qwen2", 3), ("qwen2", 4), ("phi3", 3), ("gpt_neox", 4)])
 def test_more_ranks_than_divide(family: str, tp: int) -> None:
     _assert_exact(run_ranks(tp, _sgd, family, tp, {}, {}, 7, 1))
 
 
-@pytest.mark.parametrize(("own", "seq", "micro"), [
-    ({"tie_word_embeddings": False}, 7, 1),
-    ({}, 1, 1),  # fewer tokens than ranks
-    ({}, 5, 3),
-    ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "vocab_size": 64}, 6, 1),  # SmolLM2's heads
-    ({"attn_implementation": "eager"}, 7, 2),
+@pytest.mark.parametrize(("tp", "own", "seq", "micro"), [
+    (2, {"tie_word_embeddings": False}, 7, 1),
+    (4, {}, 3, 1),  # fewer tokens than ranks
+    (2, {}, 5, 3),
+    (2, {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}, 6, 1),  # SmolLM2's heads
+    (2, {"attn_implementation": "eager"}, 7, 2),
 ])  # fmt: skip
-def test_shapes(own: dict[str, Any], seq: int, micro: int) -> None:
-    _assert_exact(run_ranks(2, _sgd, "llama", 2, {}, own, seq, micro))
+def test_shapes(tp: int, own: dict[str, Any], seq: int, micro: int) -> None:
+    _assert_exact(run_ranks(tp, _sgd, "llama", tp, {}, own, seq, micro))
 
 
 def _sgd(family: str, tp: int, key: dict[str, Any], own: dict[str, Any], seq: int, micro: int) -> dict[str, float]:

@@ -187,6 +187,12 @@ class _Planner:
             for rank, (a, b) in enumerate(self._bounds(name, role, width)):
                 ranges[rank].append((start + a, start + b))
             start += width
+        held = [piece for pieces in ranges for piece in pieces]
+        if len(roles) > 1 and len(set(held)) < len(held):
+            raise PlanError(
+                f"{name}: {facts.num_kv_heads} kv heads over tp_size={self.tp_size} would be copied inside a weight that also holds "
+                f"query heads, and DeepSpeed's gradient norm cannot count a part of a parameter once; use tp_size <= {facts.num_kv_heads}"
+            )
         return Cut(dim, size, tuple(tuple(_joined(parts)) for parts in ranges))
 
     def _bounds(self, name: str, role: Role, width: int) -> list[tuple[int, int]]:
