@@ -57,14 +57,18 @@ class SeqParConfig:
         if values.get("enabled") is False:
             values.setdefault("tp_size", 1)
         if "tp_size" not in values:
-            raise ConfigError(f'"{KEY}.tp_size" is missing: set it to the number of GPUs that share one model copy, e.g. 2')
+            raise ConfigError(
+                f'"{KEY}.tp_size" is missing: set it to the number of GPUs that share one model copy, e.g. 2'
+            )
         for name, least in (("tp_size", 1), ("loss_chunk_tokens", 1), ("replica_check_interval", 0)):
             _check(values, name, int, f"an integer >= {least}", least)
         for name, enum in (("recompute", Recompute), ("overlap", Overlap)):
             if name in values:
                 values[name] = _choice(name, values[name], enum)
         if values.get("verify"):
-            raise ConfigError(f'"{KEY}.verify": true is not available in this release; remove the field or set it to false')
+            raise ConfigError(
+                f'"{KEY}.verify": true is not available in this release; remove the field or set it to false'
+            )
         if values.get("replica_check_interval"):
             raise ConfigError(
                 f'"{KEY}.replica_check_interval": {values["replica_check_interval"]} is not available in this release; '

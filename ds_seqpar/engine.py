@@ -135,7 +135,7 @@ def _ds_config(given: Mapping[str, Any]) -> dict[str, Any] | None:
         config = getattr(given.get("args"), "deepspeed_config", None)
     if config is None:
         return None
-    return dict(config) if isinstance(config, dict) else load_ds_config(config)  # type: ignore[no-any-return]
+    return dict(config) if isinstance(config, dict) else load_ds_config(config)
 
 
 def _without_config(args: Any) -> Any:
@@ -150,7 +150,9 @@ def _translated(ds_config: dict[str, Any], config: SeqParConfig) -> dict[str, An
     """The config that DeepSpeed gets: its own tensor-parallel switch on, batch sizes over the data-parallel ranks."""
     world, t = comm.get_world_size(), config.tp_size
     if world % t:
-        raise ConfigError(f'"{KEY}.tp_size": {t} does not divide the {world} ranks of this run; use a divisor of {world}')
+        raise ConfigError(
+            f'"{KEY}.tp_size": {t} does not divide the {world} ranks of this run; use a divisor of {world}'
+        )
     theirs = ds_config.get("tensor_parallel") or {}
     autotp = theirs.get("autotp_size", 0)
     if autotp not in (0, 1, t):
@@ -201,12 +203,12 @@ def _batch_sizes(ds_config: Mapping[str, Any], dp_size: int) -> dict[str, int]:
         micro = train // (dp_size * accumulation)  # type: ignore[operator]
     elif accumulation is None:
         accumulation = train // (dp_size * micro)
-    if micro * accumulation * dp_size != train:  # type: ignore[operator]
+    if micro * accumulation * dp_size != train:
         raise ConfigError(
             f'"train_batch_size": {train} is not micro batch {micro} x accumulation {accumulation} x data-parallel size {dp_size} '
             "(ranks / tp_size); correct it or leave it out"
         )
-    return {names[1]: micro, names[2]: accumulation}  # type: ignore[dict-item]
+    return {names[1]: micro, names[2]: accumulation}
 
 
 def _tensor_parallel_groups(tp_size: int) -> ParallelGroups:
@@ -225,32 +227,34 @@ def _tag(model: nn.Module, report: Report, groups: ParallelGroups) -> None:
     """Tells DeepSpeed what it must know of the shards: whose norm counts, how they become whole, what ZeRO-3 fetches at once."""
     model.ds_autotp_parsed = True  # type: ignore[assignment]
     entries = report.parameters()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        entry = entries[name]
-        if entry.cut is None:
+    by_identity = {id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)}
+    for parameter in model.parameters():
+        cut = by_identity[id(parameter)].cut
+        if cut is None:
             continue
+        tagged: Any = parameter
         # A part held by several ranks counts once; parameters without the tag count on the first rank only.
-        parameter.tensor_model_parallel = entry.cut.is_first_holder(groups.tp_rank)  # type: ignore[attr-defined]
-        parameter.ds_is_replaced_module = True  # type: ignore[attr-defined]
-        parameter.gather_params = functools.partial(_gather_in_place, entries=_by_identity(model, entries), groups=groups)  # type: ignore[attr-defined]
-        parameter._tp_partition = functools.partial(_cut_in_place, entries=_by_identity(model, entries), groups=groups)  # type: ignore[attr-defined]
+        tagged.tensor_model_parallel = cut.is_first_holder(groups.tp_rank)
+        tagged.ds_is_replaced_module = True
+        tagged.gather_params = functools.partial(_gather_in_place, entries=by_identity, groups=groups)
+        tagged._tp_partition = functools.partial(_cut_in_place, entries=by_identity, groups=groups)
     for module in model.modules():
         if isinstance(module, ShardedBlock):
             set_z3_leaf_module(module, True)  # the block's linears are computed together, so they are fetched together
 
 
-def _by_identity(model: nn.Module, entries: Mapping[str, ParameterEntry]) -> dict[int, ParameterEntry]:
-    return {id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _gather_in_place(parameters: Sequence[nn.Parameter | None], *, entries: Mapping[int, ParameterEntry], groups: ParallelGroups) -> None:
+def _gather_in_place(
+    parameters: Sequence[nn.Parameter | None], *, entries: Mapping[int, ParameterEntry], groups: ParallelGroups
+) -> None:
     for parameter in parameters:
         cut = entries[id(parameter)].cut if parameter is not None else None
         if parameter is not None and cut is not None and parameter.shape[cut.dim] != cut.size:
             parameter.data = gather_parameter(parameter.data, cut, groups.tp_group)
 
 
-def _cut_in_place(parameters: Sequence[nn.Parameter | None], *, entries: Mapping[int, ParameterEntry], groups: ParallelGroups) -> None:
+def _cut_in_place(
+    parameters: Sequence[nn.Parameter | None], *, entries: Mapping[int, ParameterEntry], groups: ParallelGroups
+) -> None:
     for parameter in parameters:
         cut = entries[id(parameter)].cut if parameter is not None else None
         if parameter is not None and cut is not None and parameter.shape[cut.dim] == cut.size:

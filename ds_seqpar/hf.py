@@ -22,7 +22,9 @@ def require_model(model: object) -> PreTrainedModel:
         return model
     inner = getattr(model, "module", None)
     if isinstance(inner, PreTrainedModel):
-        raise PlanError(f"the model is wrapped in {type(model).__name__}; pass the Hugging Face model itself, before any wrapper")
+        raise PlanError(
+            f"the model is wrapped in {type(model).__name__}; pass the Hugging Face model itself, before any wrapper"
+        )
     raise PlanError(f"ds_seqpar shards Hugging Face models (transformers.PreTrainedModel), not {type(model).__name__}")
 
 
@@ -37,7 +39,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     if config.get_text_config() is not config:
         raise PlanError(f"model type {model_type!r} has several parts; only text models can be sharded")
     if getattr(model, "hf_quantizer", None) is not None:
-        raise PlanError(f"this {model_type} model is quantized ({config.quantization_config}); load it without quantization")
+        raise PlanError(
+            f"this {model_type} model is quantized ({config.quantization_config}); load it without quantization"
+        )
     plan = {(f"{base_name}.{k}" if base_name else k): v for k, v in (config.base_model_tp_plan or {}).items()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
@@ -84,7 +88,9 @@ def enable_full_recompute(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable()
 
 
-def write_checkpoint(model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor], tokenizer: Any = None) -> None:
+def write_checkpoint(
+    model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor], tokenizer: Any = None
+) -> None:
     """Writes config, generation config, weights (and tokenizer) as `save_pretrained` of an unsharded model would."""
     PreTrainedModel.save_pretrained(model, str(folder), state_dict=state_dict)
     if tokenizer is not None:

@@ -9,7 +9,6 @@ import copy
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .checkpoint.gathering import part_of
@@ -81,7 +80,9 @@ def _refuse_unfit(model: nn.Module) -> None:
     if report_of(model) is not None:
         raise PlanError("this model is already sharded by ds_seqpar; build a fresh one from its checkpoint")
     if getattr(model, "ds_autotp_parsed", False) or getattr(model, "_tp_size", None):
-        raise PlanError("this model is already tensor-parallel (DeepSpeed AutoTP or transformers' tp_plan); load it without")
+        raise PlanError(
+            "this model is already tensor-parallel (DeepSpeed AutoTP or transformers' tp_plan); load it without"
+        )
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise PlanError(
@@ -93,7 +94,9 @@ def _refuse_unfit(model: nn.Module) -> None:
         if type(parameter.data) is not Tensor:
             raise PlanError(f"{name} is a {type(parameter.data).__name__}; only plain tensors can be sharded")
         if parameter.grad is not None:
-            raise PlanError(f"{name} already has a gradient; shard the model before its first backward, or zero_grad() it")
+            raise PlanError(
+                f"{name} already has a gradient; shard the model before its first backward, or zero_grad() it"
+            )
 
 
 def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
@@ -107,7 +110,9 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
     embedding = model.get_submodule(facts.embedding)
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(embedding, option):
-            raise PlanError(f"{facts.embedding}: nn.Embedding({option}={getattr(embedding, option)}) cannot be cut by vocabulary")
+            raise PlanError(
+                f"{facts.embedding}: nn.Embedding({option}={getattr(embedding, option)}) cannot be cut by vocabulary"
+            )
     for pattern, attributes in family(facts.model_type).attributes.items():
         for name in plan.blocks:
             if _same_place(facts.full_name(pattern), name):
@@ -126,7 +131,9 @@ def _owner(block: nn.Module, path: str) -> tuple[Any, str]:
     for parent in parents:
         owner = getattr(owner, parent)
     if not hasattr(owner, attribute):
-        raise PlanError(f"{type(block).__name__} has no attribute {path!r} any more; this transformers version needs a new data file")
+        raise PlanError(
+            f"{type(block).__name__} has no attribute {path!r} any more; this transformers version needs a new data file"
+        )
     return owner, attribute
 
 
@@ -198,7 +205,9 @@ class _Injection:
                 self._boundary(module, TokenwiseModule)
         else:
             why = "outside the base model; left alone, it sees whole activations"
-            self.remarks.append(f"{name} ({was}) was left alone: it stands outside the base model and sees whole activations")
+            self.remarks.append(
+                f"{name} ({was}) was left alone: it stands outside the base model and sees whole activations"
+            )
         self.entries.append(Entry(name, was, was, parameters, why))
 
     def _parameter(self, parameter: nn.Parameter, cut: Cut | None, style: Style) -> ParameterEntry:
@@ -238,7 +247,9 @@ class _Injection:
         if style is Style.HEAD:
             module.vocab_size, module.vocab_start = cut.size, cut.ranges[rank][0][0]  # type: ignore[assignment]
             module.vocab_widths = tuple(cut.local_size(r) for r in range(self.state.groups.tp_size))  # type: ignore[assignment]
-        module.__class__ = {Style.HEAD: VocabParallelHead, Style.ROW: RowParallelLinear}.get(style, ColumnParallelLinear)
+        module.__class__ = {Style.HEAD: VocabParallelHead, Style.ROW: RowParallelLinear}.get(
+            style, ColumnParallelLinear
+        )
         return type(module).__name__
 
     def _block(self, block: BlockPlan) -> None:

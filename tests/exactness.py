@@ -23,7 +23,9 @@ def fresh_groups() -> None:
     ds_groups.mpu = None
 
 
-def engine_for(model: Any, optimizer: Any, key: dict[str, Any], stage: int, micro: int, accumulation: int, **ds: Any) -> Any:
+def engine_for(
+    model: Any, optimizer: Any, key: dict[str, Any], stage: int, micro: int, accumulation: int, **ds: Any
+) -> Any:
     """A DeepSpeed engine over `model`, sharded by `key`."""
     fresh_groups()
     config = {
@@ -50,7 +52,14 @@ def _reference_loss(model: Any, batch: dict[str, Tensor], micro: int, dp: int) -
 
 
 def compare_sgd(
-    family: str, tp: int, stage: int, *, micro: int = 1, accumulation: int = 3, seq: int = 7, key: dict[str, Any] | None = None,
+    family: str,
+    tp: int,
+    stage: int,
+    *,
+    micro: int = 1,
+    accumulation: int = 3,
+    seq: int = 7,
+    key: dict[str, Any] | None = None,
     own: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """SGD, lr 1: name -> relative error of the weight's change after one step, beyond rounding; the caller judges."""  # fmt: skip
@@ -87,7 +96,9 @@ def compare_sgd(
     return errors
 
 
-def compare_adamw(family: str, tp: int, stage: int, *, micro: int = 1, accumulation: int = 3, key: dict[str, Any] | None = None) -> dict[str, float]:
+def compare_adamw(
+    family: str, tp: int, stage: int, *, micro: int = 1, accumulation: int = 3, key: dict[str, Any] | None = None
+) -> dict[str, float]:
     """Five AdamW steps with clipping active: relative errors of losses, gradient norms and weights."""
     dp, clip, steps = dist.get_world_size() // tp, 0.05, 5
     model, reference = tiny(family), tiny(family)

@@ -24,7 +24,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": dict(query_pre_attn_scalar=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
     "smollm3": dict(no_rope_layers=[1, 0]),
     "granite": dict(
-        embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.3, attention_bias=True
+        embedding_multiplier=3.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.3,
+        attention_bias=True,
     ),
     "gpt_neox": dict(num_key_value_heads=None, head_dim=None, hidden_dropout=0.0, attention_dropout=0.0),
 }

@@ -30,7 +30,9 @@ class RankError(AssertionError):
         super().__init__("\n".join(f"--- rank {i} ---\n{e}" for i, e in enumerate(errors) if e))
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, deepspeed: bool = True) -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, deepspeed: bool = True
+) -> list[Any]:
     """Calls `function(*args)` on `world` ranks; returns what each returned. `deepspeed`: initialise deepspeed.comm too."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +71,9 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
     torch.set_num_threads(1)
     result, error = None, None
     try:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        )
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
         if deepspeed:
             import deepspeed.comm

@@ -40,7 +40,13 @@ def _step(key: dict[str, Any], seed: int = 5, steps: int = 1) -> dict[str, Any]:
     finally:
         functional.dropout = plain
     state = ds_seqpar.full_state_dict(engine)
-    return {"losses": losses, "forward": masks[:forward], "backward": masks[forward:], "weights": state, "after": float(torch.rand(()))}
+    return {
+        "losses": losses,
+        "forward": masks[:forward],
+        "backward": masks[forward:],
+        "weights": state,
+        "after": float(torch.rand(())),
+    }
 
 
 def test_sequence_parallel_masks_differ_between_ranks() -> None:

@@ -26,6 +26,10 @@ def test_every_gradient_equals_the_unsharded_models(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_five_clipped_adamw_steps_equal_the_unsharded_models(family: str) -> None:
     errors = _worst(run_ranks(2, compare_adamw, family, 2, 2))
-    bad = {name: error for name, error in errors.items() if not error <= (1e-5 if name.startswith(("loss", "norm")) else 1e-4)}
+    bad = {
+        name: error
+        for name, error in errors.items()
+        if not error <= (1e-5 if name.startswith(("loss", "norm")) else 1e-4)
+    }
     assert not bad, f"relative errors too large: {bad}"
     assert sum(name.startswith("norm") for name in errors) == 5

@@ -10,7 +10,11 @@ from exactness import engine_for
 from models import batches, tiny
 from ranks import run_ranks
 
-CASES = [(family, tp) for tp, families in ((2, ("llama", "gemma3_text", "phi3", "gpt_neox")), (3, ("qwen3",)), (4, ("llama",))) for family in families]
+CASES = [
+    (family, tp)
+    for tp, families in ((2, ("llama", "gemma3_text", "phi3", "gpt_neox")), (3, ("qwen3",)), (4, ("llama",)))
+    for family in families
+]
 PLAIN_TP = {"sequence_parallel": False}
 
 
@@ -25,15 +29,23 @@ def _generate(family: str, tp: int, key: dict[str, Any]) -> dict[str, bool]:
     model, reference = tiny(family), tiny(family).eval()
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 1, 1)
     engine.module.eval()
-    prompts, options = _prompts(), dict(max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True, output_logits=True)
+    prompts, options = (
+        _prompts(),
+        dict(max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True, output_logits=True),
+    )
     result = {}
-    for name, sampling in (("greedy", dict(do_sample=False)), ("sampled", dict(do_sample=True, temperature=1.3, top_k=40))):
+    for name, sampling in (
+        ("greedy", dict(do_sample=False)),
+        ("sampled", dict(do_sample=True, temperature=1.3, top_k=40)),
+    ):
         torch.manual_seed(3)
         expected = reference.generate(**prompts, **options, **sampling)
         torch.manual_seed(3)
         ours = engine.module.generate(**prompts, **options, **sampling)
         result[name] = torch.equal(ours.sequences, expected.sequences)
-        result[f"{name} logits"] = torch.allclose(torch.stack(ours.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+        result[f"{name} logits"] = torch.allclose(
+            torch.stack(ours.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4
+        )
     with torch.no_grad():
         batch = batches(1, 2)[0]
         ours, expected = engine(**batch), reference(**batch)

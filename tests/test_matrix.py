@@ -22,7 +22,9 @@ def _sample(tp: int, dp: int) -> list[tuple[int, int, str]]:
 def _cases(compare: str, tp: int, cases: Iterable[tuple[str, int, int, str]]) -> dict[str, dict[str, float]]:
     run = {"sgd": compare_sgd, "adamw": compare_adamw}[compare]
     return {
-        f"{family} zero{stage} micro{micro} {recompute}": run(family, tp, stage, micro=micro, key={"recompute": recompute})
+        f"{family} zero{stage} micro{micro} {recompute}": run(
+            family, tp, stage, micro=micro, key={"recompute": recompute}
+        )
         for family, stage, micro, recompute in cases
     }
 

@@ -15,17 +15,23 @@ import ds_seqpar
 
 
 def _assert_exact(results: list[dict[str, float]]) -> None:
-    bad = {f"rank {rank}, {name}": e for rank, errors in enumerate(results) for name, e in errors.items() if not e <= 1e-5}
+    bad = {
+        f"rank {rank}, {name}": e for rank, errors in enumerate(results) for name, e in errors.items() if not e <= 1e-5
+    }
     assert not bad, bad
 
 
-@pytest.mark.parametrize("key", [{"sequence_parallel": False}, {"recompute": "selective"}, {"overlap": "off"}, {"loss_chunk_tokens": 1}])
+@pytest.mark.parametrize(
+    "key", [{"sequence_parallel": False}, {"recompute": "selective"}, {"overlap": "off"}, {"loss_chunk_tokens": 1}]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
 def test_modes_of_the_key(family: str, key: dict[str, Any]) -> None:
     _assert_exact(run_ranks(2, _sgd, family, 2, key, {}, 7, 1))
 
 
-@pytest.mark.parametrize(("family", "tp"), [("olmo2", 3), ("olmo2", 4), ("qwen2", 3), ("qwen2", 4), ("phi3", 3), ("gpt_neox", 4)])
+@pytest.mark.parametrize(
+    ("family", "tp"), [("olmo2", 3), ("olmo2", 4), ("qwen2", 3), ("qwen2", 4), ("phi3", 3), ("gpt_neox", 4)]
+)
 def test_more_ranks_than_divide(family: str, tp: int) -> None:
     _assert_exact(run_ranks(tp, _sgd, family, tp, {}, {}, 7, 1))
 
@@ -61,7 +67,9 @@ def _reentrant(reentrant: bool) -> dict[str, float]:
     after = ds_seqpar.full_state_dict(engine)
     if dist.get_rank():
         return {}
-    return {n: float((before[n] - after[n] - p.grad).norm() / p.grad.norm()) - 4e-5 for n, p in reference.named_parameters()}
+    return {
+        n: float((before[n] - after[n] - p.grad).norm() / p.grad.norm()) - 4e-5 for n, p in reference.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -73,7 +81,16 @@ def _bf16_losses(tp: int) -> list[float]:
     model = tiny("llama", hidden_size=96, head_dim=16, intermediate_size=128).train()
     options = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     key = {"tp_size": tp} if tp > 1 else {"tp_size": 1, "enabled": False}
-    engine = engine_for(model, torch.optim.AdamW(model.parameters(), **options), key, 1, 2, 1, bf16={"enabled": True}, gradient_clipping=1.0)
+    engine = engine_for(
+        model,
+        torch.optim.AdamW(model.parameters(), **options),
+        key,
+        1,
+        2,
+        1,
+        bf16={"enabled": True},
+        gradient_clipping=1.0,
+    )
     losses = []
     for batch in batches(1, 2, 16) * 20:
         loss = engine(**batch).loss
@@ -93,7 +110,12 @@ def test_bf16_losses_track_the_unsharded_run_within_rounding() -> None:
 
 def test_adamw_with_plain_tensor_parallelism() -> None:
     results = run_ranks(2, _adamw_plain)
-    bad = {n: e for errors in results for n, e in errors.items() if not e <= (1e-5 if n.startswith(("loss", "norm")) else 1e-4)}
+    bad = {
+        n: e
+        for errors in results
+        for n, e in errors.items()
+        if not e <= (1e-5 if n.startswith(("loss", "norm")) else 1e-4)
+    }
     assert not bad, bad
 
 

@@ -99,7 +99,10 @@ def _saved(tp: int, key: dict[str, Any]) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("key", [{}, {"recompute": "selective"}, {"recompute": "full"}])
 def test_nothing_of_full_length_and_full_width_is_saved_for_backward(key: dict[str, Any]) -> None:
-    tokens, head_gradient = 2 * 16, ((34, HIDDEN), (33, HIDDEN))  # the fused loss makes the head's weight gradient in forward
+    tokens, head_gradient = (
+        2 * 16,
+        ((34, HIDDEN), (33, HIDDEN)),
+    )  # the fused loss makes the head's weight gradient in forward
     for shapes in run_ranks(3, _saved, 3, key):
         assert shapes
         too_large = [s for s in shapes if torch.Size(s).numel() >= tokens * HIDDEN and s not in head_gradient]

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -57,7 +56,7 @@ def save_pretrained(engine_or_model: Any, folder: str | os.PathLike[str], tokeni
             _write_aside(model, target, weights, tokenizer)
         except OSError as problem:
             error[0] = f"{target}: {problem}"
-    dist.broadcast_object_list(error, src=0, group=_cpu_world())
+    dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
         raise CheckpointError(f"the checkpoint was not written: {error[0]}")
 
@@ -66,7 +65,7 @@ def _write_aside(model: nn.Module, target: Path, weights: dict[str, Tensor], tok
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    write_checkpoint(model, aside, weights, tokenizer)  # type: ignore[arg-type]
+    write_checkpoint(model, aside, weights, tokenizer)
     if target.exists():
         before = target.with_name(f".{target.name}.before")
         shutil.rmtree(before, ignore_errors=True)
@@ -80,7 +79,3 @@ def _write_aside(model: nn.Module, target: Path, weights: dict[str, Tensor], tok
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
-
-
-def _cpu_world() -> Any:
-    return None if dist.get_backend() != "nccl" or torch.cuda.is_available() else None

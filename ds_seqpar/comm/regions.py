@@ -132,34 +132,34 @@ class _GatherColumns(Function):
 
 def gather_for_partial(shard: Tensor, tokens: int, group: ProcessGroup) -> Tensor:
     """[c, h] -> [T, h], for work whose gradient differs between ranks (heads, columns, vocabulary are cut)."""
-    return _GatherForPartial.apply(shard, tokens, group)  # type: ignore[no-any-return]
+    return _GatherForPartial.apply(shard, tokens, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gather_for_replicated(shard: Tensor, tokens: int, group: ProcessGroup) -> Tensor:
     """[c, h] -> [T, h], for work that every rank repeats alike, so that each already has the whole gradient."""
-    return _GatherForReplicated.apply(shard, tokens, group)  # type: ignore[no-any-return]
+    return _GatherForReplicated.apply(shard, tokens, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def scatter(full: Tensor, group: ProcessGroup) -> Tensor:
     """[T, h] replicated -> [c, h] own rows."""
-    return _Scatter.apply(full, group)  # type: ignore[no-any-return]
+    return _Scatter.apply(full, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def reduce_scatter_partial(partial: Tensor, group: ProcessGroup) -> Tensor:
     """[T, h] partial sums -> [c, h] own rows of their sum."""
-    return _ReduceScatterPartial.apply(partial, group)  # type: ignore[no-any-return]
+    return _ReduceScatterPartial.apply(partial, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def copy_for_partial(x: Tensor, group: ProcessGroup) -> Tensor:
     """x replicated, entering work whose gradient differs between ranks (plain tensor parallelism's f)."""
-    return _CopyForPartial.apply(x, group)  # type: ignore[no-any-return]
+    return _CopyForPartial.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def reduce_partial(partial: Tensor, group: ProcessGroup) -> Tensor:
     """Partial sums -> their sum on every rank (plain tensor parallelism's g)."""
-    return _ReducePartial.apply(partial, group)  # type: ignore[no-any-return]
+    return _ReducePartial.apply(partial, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gather_columns(mine: Tensor, widths: tuple[int, ...], group: ProcessGroup) -> Tensor:
     """This rank's columns [n, V_r] -> all columns [n, V]; `widths` are every rank's V_r, which may differ."""
-    return _GatherColumns.apply(mine, widths, group)  # type: ignore[no-any-return]
+    return _GatherColumns.apply(mine, widths, group)  # type: ignore[no-any-return, no-untyped-call]

@@ -49,7 +49,8 @@ def _with_signature_of(cls: type, forward: Callable[..., Any]) -> Callable[..., 
 def become(module: nn.Module, *mixins: type, before: bool = True) -> None:
     """Makes `module` an instance of its own class behind (or before) the mixins, in place: parameters, hooks and
     attributes stay the objects they are."""
-    module.__class__ = _sharded_class(type(module), mixins, before)
+    cls: Any = type(module)  # Module's metaclass hides from mypy that classes are hashable
+    module.__class__ = _sharded_class(cls, mixins, before)
 
 
 class TokenwiseModule:
@@ -193,7 +194,9 @@ class ShardedModel(_Guarded):
     def _refuse_attentions(self, kwargs: dict[str, Any]) -> None:
         asked = kwargs.get("output_attentions")
         if asked or (asked is None and getattr(self.config, "output_attentions", False)):  # type: ignore[attr-defined]
-            raise PlanError("output_attentions=True is not available: each rank holds its own heads only; set it to False")
+            raise PlanError(
+                "output_attentions=True is not available: each rank holds its own heads only; set it to False"
+            )
 
 
 class ShardedHeadModel(_Guarded):
@@ -208,7 +211,11 @@ class ShardedHeadModel(_Guarded):
 
         def logits(key: str | int, source: Any) -> Any:
             handle = handles.get(key)
-            return source if handle is None else ShardedLogits(source, handle.region, handle.head, handle.transforms, handle.dtype)
+            return (
+                source
+                if handle is None
+                else ShardedLogits(source, handle.region, handle.head, handle.transforms, handle.dtype)
+            )
 
         return _map_entries(output, logits)
 

@@ -88,7 +88,7 @@ def _fingerprint(x: Any) -> str:
         about = f"{x.dtype} {list(x.shape)}"
         if x.device.type != "cpu" or type(x) is not Tensor:
             return about
-        content = x.detach().contiguous().reshape(-1).view(torch.uint8).numpy() if x.numel() else b""
+        content = bytes(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()) if x.numel() else b""
         return f"{about} #{zlib.crc32(content):08x}"
     if x is None or isinstance(x, bool | int | float | str):
         return repr(x)

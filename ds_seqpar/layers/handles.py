@@ -47,13 +47,17 @@ def _name_of(func: Callable[..., Any]) -> tuple[str, bool]:
 
 
 def _is_in_place(name: str) -> bool:
-    inplace_dunder = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+    inplace_dunder = (
+        name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+    )
     return name == "__setitem__" or inplace_dunder or (name.endswith("_") and not name.endswith("__"))
 
 
 def _selects_everything(index: Any) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
-    return all(part is Ellipsis or (isinstance(part, slice) and part in (slice(None), slice(0, None))) for part in parts)
+    return all(
+        part is Ellipsis or (isinstance(part, slice) and part in (slice(None), slice(0, None))) for part in parts
+    )
 
 
 class Handle(torch.Tensor):
@@ -71,7 +75,7 @@ class Handle(torch.Tensor):
     def _make(
         cls, shape: tuple[int, ...], source: Tensor, region: TokenRegion, state: ShardingState, dtype: torch.dtype
     ) -> Any:
-        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=source.device)  # type: ignore[attr-defined]
+        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=source.device)
         handle.source, handle.region, handle.state, handle._full, handle._hooks = source, region, state, None, []
         return handle
 
@@ -95,12 +99,12 @@ class Handle(torch.Tensor):
                     self._full.register_hook(hook)
         return self._full
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         shape, dtype = tuple(self.shape), self.dtype
         return f"{type(self).__name__}(shape={shape}, dtype={dtype}, held={tuple(self.source.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(
             f"{func} reached a {cls.__name__} below Python, where it cannot be gathered; call .materialise() on it first"
         )

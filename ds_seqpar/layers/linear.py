@@ -104,7 +104,7 @@ def column_parallel(local: Tensor, region: TokenRegion, members: Sequence[nn.Lin
     x, *parameters = _autocast(local, *weights, *biases)
     assert x is not None
     with torch.autocast(x.device.type, enabled=False):
-        outputs = _ColumnParallel.apply(x.reshape(region.rows, -1), region, len(members), *parameters)
+        outputs = _ColumnParallel.apply(x.reshape(region.rows, -1), region, len(members), *parameters)  # type: ignore[no-untyped-call]
     return [out.view(region.batch, region.seq, -1) for out in outputs]
 
 
@@ -128,7 +128,7 @@ class ColumnParallelLinear(nn.Linear):
         if isinstance(input, GatheredInput):
             return input.column(self)
         region = TokenRegion(1, input.numel() // input.shape[-1], False, self.seqpar.groups)
-        (output,) = column_parallel(input, region, [self])
+        output = column_parallel(input, region, [self])[0]
         return output.view(*input.shape[:-1], -1)
 
 
@@ -154,7 +154,7 @@ class RowParallelLinear(nn.Linear):
         x, weight, bias = _autocast(input, self.weight, self.bias)
         assert x is not None and weight is not None
         with torch.autocast(x.device.type, enabled=False):
-            output = _RowParallel.apply(x.reshape(region.tokens, -1), weight, region)
+            output: Tensor = _RowParallel.apply(x.reshape(region.tokens, -1), weight, region)  # type: ignore[no-untyped-call]
         if not region.cut:
             self.seqpar.random.leave()  # what follows is equal on every rank again
         output = output if bias is None else output + bias
@@ -194,7 +194,9 @@ class VocabParallelHead(nn.Linear):
         """(summed loss, counted labels), both fp32 scalars; see vocab_parallel_linear_cross_entropy."""
         return super().__call__(local, _region=region, _labels=labels, **options)  # type: ignore[no-any-return]
 
-    def forward(self, local: Tensor, _region: TokenRegion, _labels: Tensor | None = None, **options: Any) -> Any:
+    def forward(  # type: ignore[override]
+        self, local: Tensor, _region: TokenRegion, _labels: Tensor | None = None, **options: Any
+    ) -> Any:
         """What `gathered_logits` and `loss` do, below the module's hooks."""
         from .loss import vocab_parallel_linear_cross_entropy
 
@@ -203,7 +205,13 @@ class VocabParallelHead(nn.Linear):
         with torch.autocast(hidden.device.type, enabled=False):
             if _labels is not None:
                 return vocab_parallel_linear_cross_entropy(
-                    hidden.reshape(_region.rows, -1), weight, bias, _labels, _region, vocab_start=self.vocab_start, **options
+                    hidden.reshape(_region.rows, -1),
+                    weight,
+                    bias,
+                    _labels,
+                    _region,
+                    vocab_start=self.vocab_start,
+                    **options,
                 )
             full = _region.full_for_partial(hidden)
             return gather_columns(linear(full, weight, bias), self.vocab_widths, _region.groups.tp_group)

@@ -153,10 +153,12 @@ def vocab_parallel_linear_cross_entropy(
     allowed = ((targets == ignore_index) | ((targets >= 0) & (targets < vocab_size))).all()
     if targets.device.type == "cpu" and not allowed:
         bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
-        raise IndexError(f"label {int(bad[0])} is outside the vocabulary of {vocab_size}; use {ignore_index} to ignore a token")
+        raise IndexError(
+            f"label {int(bad[0])} is outside the vocabulary of {vocab_size}; use {ignore_index} to ignore a token"
+        )
     torch._assert_async(allowed, f"a label is outside the vocabulary of {vocab_size}")
     options = _Options(region, vocab_start, vocab_size, chunk_tokens, ignore_index, transforms)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options)  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class CausalLMLoss:

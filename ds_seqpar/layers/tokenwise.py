@@ -29,4 +29,6 @@ def is_tokenwise(module: nn.Module, hidden_size: int) -> bool:
     if not isinstance(whole, torch.Tensor) or whole.shape[:2] != (1, 4) or singly.shape != whole.shape:
         return False
     tolerance = 64 * torch.finfo(whole.dtype).eps
-    return bool(torch.allclose(whole[:, (3, 0, 2, 1)], singly, rtol=tolerance, atol=tolerance * float(whole.abs().max())))
+    return bool(
+        torch.allclose(whole[:, (3, 0, 2, 1)], singly, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
+    )

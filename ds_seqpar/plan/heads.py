@@ -38,7 +38,9 @@ class HeadPartition:
             raise PlanError(f"num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}")
         group = num_heads // num_kv_heads
         if tp_size > num_heads:
-            raise PlanError(f"num_attention_heads={num_heads} cannot be cut over tp_size={tp_size}; use at most {num_heads}")
+            raise PlanError(
+                f"num_attention_heads={num_heads} cannot be cut over tp_size={tp_size}; use at most {num_heads}"
+            )
         if num_kv_heads >= tp_size:
             kvs = even_bounds(num_kv_heads, tp_size)
             return cls(tuple((a * group, b * group) for a, b in kvs), tuple(kvs))

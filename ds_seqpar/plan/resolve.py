@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..errors import PlanError
 from ..families import Family
 from .cuts import Cut
-from .facts import ModelFacts, ModuleFacts
+from .facts import ModelFacts
 from .heads import HeadPartition, even_bounds
 from .styles import ROLES_BY_NAME, Role, Style
 
@@ -83,7 +83,9 @@ class _Planner:
         for pattern, (word, why) in styles.items():
             matches = [name for name in self.facts.modules if _matches(pattern, name)]
             if not matches:
-                raise PlanError(f"plan pattern {pattern!r} ({why}) matches no module of this {self.facts.model_type} model")
+                raise PlanError(
+                    f"plan pattern {pattern!r} ({why}) matches no module of this {self.facts.model_type} model"
+                )
             for name in matches:
                 if name in found:
                     raise PlanError(f"{name} is matched by two plan patterns; the second is {pattern!r} ({why})")
@@ -126,7 +128,9 @@ class _Planner:
             module = self.facts.modules.get(name)
             if module is None or module.role != ("embedding" if style is Style.EMBEDDING else "linear"):
                 kind = "not found" if module is None else module.type_name
-                raise PlanError(f"{name}: the vocabulary can be cut in an nn.Embedding and an nn.Linear only; it is {kind}")
+                raise PlanError(
+                    f"{name}: the vocabulary can be cut in an nn.Embedding and an nn.Linear only; it is {kind}"
+                )
             cut = self._cut(name, 0, module.shapes["weight"][0], (Role.EVEN,))
             cuts = {parameter: cut for parameter in module.shapes}
             self.result.modules[name] = ModulePlan(name, style, cuts, "the vocabulary is always cut")
@@ -144,11 +148,15 @@ class _Planner:
                 )
             if not name.startswith(base) or name == self.facts.base:
                 if name == self.facts.base or not name:
-                    raise PlanError(f"the model itself owns parameters {list(module.shapes)}; no plan says what becomes of them")
+                    raise PlanError(
+                        f"the model itself owns parameters {list(module.shapes)}; no plan says what becomes of them"
+                    )
                 self.result.outside.append(name)
                 continue
             if name in self.result.layers:
-                raise PlanError(f"layer {name} itself owns parameters {list(module.shapes)}; no plan says what becomes of them")
+                raise PlanError(
+                    f"layer {name} itself owns parameters {list(module.shapes)}; no plan says what becomes of them"
+                )
             self.result.tokenwise.append(name)
 
     def _block_of(self, name: str) -> BlockPlan:
@@ -198,7 +206,9 @@ class _Planner:
     def _bounds(self, name: str, role: Role, width: int) -> list[tuple[int, int]]:
         if role is Role.EVEN:
             if width < self.tp_size:
-                raise PlanError(f"{name}: {width} features cannot be cut over tp_size={self.tp_size}; use at most {width}")
+                raise PlanError(
+                    f"{name}: {width} features cannot be cut over tp_size={self.tp_size}; use at most {width}"
+                )
             return even_bounds(width, self.tp_size)
         heads = self._head_partition()
         unit = self.facts.head_dim * (3 if role is Role.QKV else 1)
@@ -216,7 +226,9 @@ def _style(word: str, name: str) -> Style:
         return Style(word)
     except ValueError:
         known = [style.value for style in Style]
-        raise PlanError(f"{name}: style {word!r} has no sequence-parallel counterpart yet; known styles: {known}") from None
+        raise PlanError(
+            f"{name}: style {word!r} has no sequence-parallel counterpart yet; known styles: {known}"
+        ) from None
 
 
 def _matches(pattern: str, name: str) -> bool:
