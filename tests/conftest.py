@@ -4,11 +4,15 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+ON_GPU = os.environ.setdefault("DS_SEQPAR_TEST_DEVICE", "cpu") == "cuda"  # the same tests over NCCL, where there are GPUs
+if ON_GPU:
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not start CUDA before the fork
+else:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import logging

@@ -65,7 +65,7 @@ def compare_sgd(
     """SGD, lr 1: name -> relative error of the weight's change after one step, beyond rounding; the caller judges."""  # fmt: skip
     dp = dist.get_world_size() // tp
     model, reference = tiny(family, **(own or {})), tiny(family, **(own or {}))
-    before = {n: p.detach().clone() for n, p in reference.named_parameters()}
+    before = {n: p.detach().cpu().clone() for n, p in reference.named_parameters()}
     model.train(), reference.train()
     engine = engine_for(
         model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, "loss_chunk_tokens": 4, **(key or {})}, stage, micro,
@@ -85,7 +85,7 @@ def compare_sgd(
     after = ds_seqpar.full_state_dict(engine)
     if dist.get_rank() == 0:
         for name, parameter in reference.named_parameters():
-            change = parameter.detach() - before[name]
+            change = parameter.detach().cpu() - before[name]
             error = float(((after[name] - before[name]) - change).norm() / change.norm().clamp_min(1e-12))
             # Both runs store weight + change in fp32: the two stored values may differ by one ulp of the weight, which is much
             # of a small change. That share is rounding alone; at most 4e-5 is granted for it.
@@ -131,7 +131,8 @@ def compare_adamw(
     after = ds_seqpar.full_state_dict(engine)
     if dist.get_rank() == 0:
         for name, parameter in reference.named_parameters():
-            errors[name] = float((after[name] - parameter.detach()).norm() / parameter.detach().norm())
+            expected_weight = parameter.detach().cpu()
+            errors[name] = float((after[name] - expected_weight).norm() / expected_weight.norm())
     errors["replicas"] = 0.0 if replicas_equal(engine) else 1.0
     engine.destroy()
     return errors

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["FAMILIES", "batches", "tiny"]
+__all__ = ["FAMILIES", "batches", "device", "tiny"]
 
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "gpt_neox",
@@ -34,6 +35,12 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
+def device() -> torch.device:
+    """Where a rank's models and batches live."""
+    on_gpu = os.environ.get("DS_SEQPAR_TEST_DEVICE") == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
 def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **own: Any) -> PreTrainedModel:
     """A randomly initialised model; the same `seed` gives the same weights, biases and norm weights included."""
     sizes = {**_SIZES, **_OWN.get(family, {}), **own}
@@ -46,7 +53,7 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ow
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(dtype)
+    return model.to(device(), dtype)
 
 
 def batches(count: int, rows: int, seq: int = 7, *, vocab: int = 101, seed: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -60,5 +67,6 @@ def batches(count: int, rows: int, seq: int = 7, *, vocab: int = 101, seed: int 
             mask[-1, seq - 2 :] = 0
         labels = ids.masked_fill(mask == 0, -100)
         labels[0, :2] = -100
-        result.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        result.append({name: x.to(device()) for name, x in batch.items()})
     return result

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # five seconds of imports, once before the fork instead of on every rank
+import pytest
 import torch
 import torch.distributed as dist
 
+ON_GPU = os.environ.get("DS_SEQPAR_TEST_DEVICE") == "cuda"
 __all__ = ["RankError", "run_ranks"]
 
 
@@ -34,6 +36,8 @@ def run_ranks(
     world: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, deepspeed: bool = True
 ) -> list[Any]:
     """Calls `function(*args)` on `world` ranks; returns what each returned. `deepspeed`: initialise deepspeed.comm too."""
+    if ON_GPU and world > torch.cuda.device_count():
+        pytest.skip(f"needs {world} GPUs, this machine has {torch.cuda.device_count()}; on the CPU the test runs")
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -74,12 +78,16 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        backend = "nccl" if ON_GPU else "gloo"
+        if ON_GPU:
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
         if deepspeed:
             import deepspeed.comm
 
+            # Optional and slow to build.
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # optional, slow to build
-            deepspeed.comm.init_distributed("gloo")
+            deepspeed.comm.init_distributed(backend)
         result = function(*args)
     except BaseException:
         error = traceback.format_exc()

@@ -55,7 +55,7 @@ def _reentrant(reentrant: bool) -> dict[str, float]:
     model, reference = tiny("llama").train(), tiny("llama").train()
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, 1, 2, 1)
     engine.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    before = {n: p.detach().clone() for n, p in reference.named_parameters()}
+    before = {n: p.detach().cpu().clone() for n, p in reference.named_parameters()}
     batch = batches(1, 2)[0]
     engine.module.enable_input_require_grads()
     loss = engine(**batch).loss
@@ -68,7 +68,8 @@ def _reentrant(reentrant: bool) -> dict[str, float]:
     if dist.get_rank():
         return {}
     return {
-        n: float((before[n] - after[n] - p.grad).norm() / p.grad.norm()) - 4e-5 for n, p in reference.named_parameters()
+        n: float((before[n] - after[n] - p.grad.cpu()).norm() / p.grad.cpu().norm()) - 4e-5
+        for n, p in reference.named_parameters()
     }
 
 
