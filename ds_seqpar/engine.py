@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from .checkpoint.gathering import gather_parameter, part_of
 from .config import KEY, Recompute, SeqParConfig
-from .errors import ConfigError, PlanError
+from .errors import CheckpointError, ConfigError, PlanError
 from .groups import ParallelGroups
 from .hf import causal_lm_loss, describe, enable_full_recompute, require_model
 from .inject import inject, report_of
@@ -80,8 +79,6 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     facts = describe(hf_model)
     loss = causal_lm_loss(hf_model)
     groups = _tensor_parallel_groups(config.tp_size)
-    if get_accelerator().device_name() == "cuda":
-        hf_model.to(torch.device("cuda", torch.cuda.current_device()))
     report = inject(hf_model, facts, config, groups)
     if loss is not None and facts.head is not None:
         hf_model.loss_function = CausalLMLoss(loss)
@@ -270,6 +267,15 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     check = getattr(engine, "first_dataloader_check", None)
     if check is not None:
         check.remove()  # ours compares every forward, and first
+    if config.tp_size > 1 and engine.zero_optimization_stage() < 3:
+        engine.save_16bit_model = _refuse_save_16bit
+
+
+def _refuse_save_16bit(*args: Any, **kwargs: Any) -> None:
+    """Below stage 3 DeepSpeed's own would write rank 0's shards under the names of whole tensors."""
+    raise CheckpointError(
+        "engine.save_16bit_model would write shards; call ds_seqpar.save_pretrained(engine, folder) on all ranks"
+    )
 
 
 def gathered(engine_or_model: Any) -> tuple[nn.Module, Report]:

@@ -42,6 +42,12 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         raise PlanError(
             f"this {model_type} model is quantized ({config.quantization_config}); load it without quantization"
         )
+    replaced = next((m for m in (model, base) if "liger" in type(m).forward.__module__), None)
+    if replaced is not None:
+        raise PlanError(
+            f"Liger replaced the forward of {type(replaced).__name__} by one that reads the head's weight itself; apply Liger "
+            "with fused_linear_cross_entropy=False (the loss is fused here)"
+        )
     plan = {(f"{base_name}.{k}" if base_name else k): v for k, v in (config.base_model_tp_plan or {}).items()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .checkpoint.gathering import part_of
 from .config import Overlap, Recompute, SeqParConfig
 from .errors import PlanError
-from .families import family
+from .families import TESTED, family
 from .groups import ParallelGroups
 from .layers.boundaries import ShardedBlock, ShardedHeadModel, ShardedLayer, ShardedModel, TokenwiseModule, become
 from .layers.embedding import VocabParallelEmbedding
@@ -50,7 +50,7 @@ def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: Pa
     _refuse_unfit(model)
     plan = resolve(facts, family(facts.model_type), groups.tp_size)
     _check_modules(model, facts, plan)
-    device = next(model.parameters()).device
+    report = Report(facts.model_type, groups.tp_size, groups.tp_rank, config.sequence_parallel)
     state = ShardingState(
         groups=groups,
         sequence_parallel=config.sequence_parallel,
@@ -58,13 +58,16 @@ def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: Pa
         recompute_mlp=config.recompute is Recompute.SELECTIVE,
         loss_chunk_tokens=config.loss_chunk_tokens,
         partial=PartialGradients(groups.tp_group),
-        random=ParallelRandom(groups.tp_rank, device),
+        random=ParallelRandom(groups),
         guard=InputGuard(groups),
+        materialised=report.materialised,
     )
-    injection = _Injection(model, facts, plan, state)
-    injection.run()
-    report = Report(facts.model_type, groups.tp_size, groups.tp_rank, config.sequence_parallel, injection.entries)
-    report.remarks += injection.remarks
+    _Injection(model, facts, plan, state, report).run()
+    if facts.model_type not in TESTED:
+        report.remarks.append(
+            f"{facts.model_type} is not among the model types that are tested ({', '.join(TESTED)}); compare one step with the "
+            "unsharded model before you rely on it"
+        )
     model.seqpar_report = report  # type: ignore[assignment]
     model.seqpar = state  # type: ignore[assignment]
     return report
@@ -155,10 +158,11 @@ class _ConfigView:
 
 
 class _Injection:
-    def __init__(self, model: nn.Module, facts: ModelFacts, plan: ModelPlan, state: ShardingState) -> None:
+    def __init__(
+        self, model: nn.Module, facts: ModelFacts, plan: ModelPlan, state: ShardingState, report: Report
+    ) -> None:
         self.model, self.facts, self.plan, self.state = model, facts, plan, state
-        self.entries: list[Entry] = []
-        self.remarks: list[str] = []
+        self.entries, self.remarks = report.entries, report.remarks
         self._cut_already: set[int] = set()
 
     def run(self) -> None:

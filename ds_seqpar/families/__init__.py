@@ -16,7 +16,12 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 
-__all__ = ["Family", "family"]
+__all__ = ["TESTED", "Family", "family"]
+
+TESTED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "gpt_neox",
+)  # fmt: skip
+"""Model types whose every gradient is compared with the unsharded model's by the tests."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import PlanError, SeqParError
+from ..errors import CheckpointError, PlanError, SeqParError
 from .handles import GatheredInput, Handle, ShardedLogits, TokenShard
 from .random import draw_seed
 from .region import ShardingState, TokenRegion
@@ -145,6 +145,15 @@ class _Guarded:
 
     seqpar: ShardingState
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's, if it is given whole tensors; by itself it would write this rank's shards under the usual names."""
+        if kwargs.get("state_dict") is None:
+            raise CheckpointError(
+                "model.save_pretrained would write this rank's shards; call ds_seqpar.save_pretrained(engine, folder) on all "
+                "ranks, or pass state_dict=ds_seqpar.full_state_dict(engine)"
+            )
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     @contextmanager
     def _guarded(self, args: Any, kwargs: Any) -> Iterator[int]:
         state = self.seqpar
@@ -233,7 +242,7 @@ class ShardedHeadModel(_Guarded):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's generate, on every rank of the group; all sample alike, as the group's first rank was seeded."""
-        self.seqpar.random.agree(self.seqpar.groups)
+        self.seqpar.random.agree()
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 

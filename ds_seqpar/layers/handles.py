@@ -8,6 +8,7 @@ Legend: b batch, s sequence, h hidden, V vocabulary, c = ceil(b*s/t).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GatheredInput", "Handle", "ShardedLogits", "TokenShard"]
 
+_log = logging.getLogger("ds_seqpar")
 _METADATA = {
     "size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__",
     "get_device", "is_contiguous", "stride", "storage_offset", "is_inference", "is_signed", "__hash__",
@@ -92,7 +94,13 @@ class Handle(torch.Tensor):
     def materialise(self, wanted_by: str = "materialise") -> Tensor:
         """The real, differentiable tensor. Collective; from then on it is the truth, also for in-place changes."""
         if self._full is None:
-            self.state.materialised[f"{type(self).__name__}.{wanted_by}"] += 1
+            name = f"{type(self).__name__}.{wanted_by}"
+            if torch.is_grad_enabled() and not self.state.materialised[name] and self.state.groups.tp_rank == 0:
+                _log.warning(
+                    "%s was gathered whole for %s while training: right, but slower than staying sharded",
+                    *name.split("."),
+                )
+            self.state.materialised[name] += 1
             self._full = self._gather()
             for hook, removable in self._hooks:
                 if self._full.requires_grad and not removable.removed:

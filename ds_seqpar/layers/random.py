@@ -26,11 +26,11 @@ def draw_seed() -> int:
 
 
 class ParallelRandom:
-    """Forks of the default generators for one rank of a tensor-parallel group."""
+    """Forks of the default generators (the CPU's, and the current GPU's) for one rank of a tensor-parallel group."""
 
-    def __init__(self, tp_rank: int, device: torch.device) -> None:
-        self._tp_rank = tp_rank
-        self._device = device
+    def __init__(self, groups: ParallelGroups) -> None:
+        self._groups = groups
+        self._on_gpu = dist.get_backend(groups.tp_group) == "nccl"
         self._saved: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     @contextmanager
@@ -42,23 +42,23 @@ class ParallelRandom:
             per_rank: True for activations that differ between ranks, False for replicated ones.
         """
         depth = len(self._saved)
-        self._enter((seed + _MIX * (self._tp_rank + 1) * per_rank) % 2**63)
+        self._enter((seed + _MIX * (self._groups.tp_rank + 1) * per_rank) % 2**63)
         try:
             yield
         finally:
             while len(self._saved) > depth:
                 self.leave()
 
-    def agree(self, groups: ParallelGroups) -> None:
+    def agree(self) -> None:
         """Sets this rank's default generators to the states of the group's first rank. Collective."""
-        source = dist.get_global_rank(groups.tp_group, 0)
+        source = dist.get_global_rank(self._groups.tp_group, 0)
         state = torch.get_rng_state()
-        dist.broadcast(state, source, group=groups.tp_cpu_group)
+        dist.broadcast(state, source, group=self._groups.tp_cpu_group)
         torch.set_rng_state(state)
-        if self._device.type == "cuda":
-            state = torch.cuda.get_rng_state(self._device)
-            dist.broadcast(state, source, group=groups.tp_cpu_group)
-            torch.cuda.set_rng_state(state, self._device)
+        if self._on_gpu:
+            state = torch.cuda.get_rng_state()
+            dist.broadcast(state, source, group=self._groups.tp_cpu_group)
+            torch.cuda.set_rng_state(state)
 
     def leave(self) -> None:
         """Ends the innermost fork early: where a block's output becomes replicated before the block returns."""
@@ -66,11 +66,10 @@ class ParallelRandom:
             cpu, cuda = self._saved.pop()
             torch.set_rng_state(cpu)
             if cuda is not None:
-                torch.cuda.set_rng_state(cuda, self._device)
+                torch.cuda.set_rng_state(cuda)
 
     def _enter(self, seed: int) -> None:
-        on_gpu = self._device.type == "cuda"
-        self._saved.append((torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_gpu else None))
+        self._saved.append((torch.get_rng_state(), torch.cuda.get_rng_state() if self._on_gpu else None))
         torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)
+        if self._on_gpu:
+            torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)

@@ -34,7 +34,11 @@ class Entry:
 
 @dataclass
 class Report:
-    """Every module with parameters, in the model's order, and remarks that the user should read once."""
+    """Every module with parameters, in the model's order, and remarks that the user should read once.
+
+    `materialised` counts, while the model runs, what was gathered whole because code outside the sharded layers asked for
+    it, by handle and operation: slower than staying sharded, never wrong.
+    """
 
     model_type: str
     tp_size: int
@@ -42,6 +46,7 @@ class Report:
     sequence_parallel: bool
     entries: list[Entry] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    materialised: Counter[str] = field(default_factory=Counter)
 
     def parameters(self) -> dict[str, ParameterEntry]:
         """Full parameter name -> entry."""
