@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,8 +120,7 @@ def _refuse_bypass(model: Any, config: Any) -> None:
 
 
 def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = _plain_initialize.__code__.co_varnames[: _plain_initialize.__code__.co_argcount]
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(inspect.signature(_plain_initialize).bind_partial(*args, **kwargs).arguments)
 
 
 def _ds_config(given: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -25,9 +25,9 @@ def _prompts() -> dict[str, torch.Tensor]:
     return {"input_ids": batch["input_ids"], "attention_mask": mask}
 
 
-def _generate(family: str, tp: int, key: dict[str, Any]) -> dict[str, bool]:
+def _generate(family: str, tp: int, key: dict[str, Any], stage: int = 1) -> dict[str, bool]:
     model, reference = tiny(family), tiny(family).eval()
-    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 1, 1)
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, stage, 1, 1)
     engine.module.eval()
     prompts, options = (
         _prompts(),
@@ -62,6 +62,11 @@ def test_generation_equals_the_unsharded_models(family: str, tp: int) -> None:
 
 def test_generation_under_plain_tensor_parallelism() -> None:
     for result in run_ranks(2, _generate, "llama", 2, PLAIN_TP):
+        assert all(result.values()), result
+
+
+def test_generation_under_zero_3() -> None:
+    for result in run_ranks(2, _generate, "qwen3", 2, {}, 3):
         assert all(result.values()), result
 
 

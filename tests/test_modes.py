@@ -42,6 +42,7 @@ def test_more_ranks_than_divide(family: str, tp: int) -> None:
     (2, {}, 5, 3),
     (2, {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}, 6, 1),  # SmolLM2's heads
     (2, {"attn_implementation": "eager"}, 7, 2),
+    (4, {"attn_implementation": "eager"}, 7, 2),  # repeats its kv head by the count on this rank
 ])  # fmt: skip
 def test_shapes(tp: int, own: dict[str, Any], seq: int, micro: int) -> None:
     _assert_exact(run_ranks(tp, _sgd, "llama", tp, {}, own, seq, micro))
@@ -122,3 +123,64 @@ def test_adamw_with_plain_tensor_parallelism() -> None:
 
 def _adamw_plain() -> dict[str, float]:
     return compare_adamw("qwen3", 2, 2, key={"sequence_parallel": False})
+
+
+def _odd_code(which: str) -> dict[str, float]:
+    """Model code that leaves the fast path: right all the same, and counted."""
+    model, reference = tiny("llama").train(), tiny("llama").train()
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, 1, 2, 1)
+    for each in (engine.module, reference):
+        for layer in each.model.layers:
+            if which == "clones its input":
+                plain = layer.mlp.forward.__func__ if each is reference else type(layer.mlp).__mro__[2].forward
+                layer.mlp.forward = _cloning(layer.mlp, plain, each is reference)
+    before = {n: p.detach().cpu().clone() for n, p in reference.named_parameters()}
+    batch = batches(1, 2)[0]
+
+    def loss_of(each: Any) -> torch.Tensor:
+        if which == "norm on whole hidden states":
+            hidden = each.model(input_ids=batch["input_ids"]).last_hidden_state * 1.0
+            return (each.model.norm(hidden.view(2, -1, hidden.shape[-1]).contiguous()) ** 2).mean() + hidden.pow(
+                2
+            ).mean()
+        return each(**batch).loss
+
+    engine.backward(loss_of(engine.module))
+    engine.step()
+    loss_of(reference).backward()
+    after = ds_seqpar.full_state_dict(engine)
+    if which == "clones its input":
+        assert engine.seqpar_report.materialised["GatheredInput.clone"] == 2
+    if dist.get_rank():
+        return {}
+    return {
+        n: float((before[n] - after[n] - p.grad.cpu()).norm() / p.grad.cpu().norm()) - 4e-5
+        for n, p in reference.named_parameters()
+        if p.grad is not None and p.grad.norm() > 0
+    }
+
+
+def _cloning(mlp: Any, plain: Any, is_reference: bool) -> Any:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return plain(mlp, x.clone())  # type: ignore[no-any-return]
+
+    if is_reference:
+        return forward
+    from ds_seqpar.layers.handles import GatheredInput
+
+    def sharded(local: torch.Tensor) -> torch.Tensor:
+        state = mlp.seqpar
+        state.in_block = True
+        try:
+            return forward(GatheredInput(local, state.region, state))
+        finally:
+            state.in_block = False
+
+    return sharded
+
+
+@pytest.mark.parametrize("which", ["clones its input", "norm on whole hidden states"])
+def test_code_that_leaves_the_fast_path_stays_exact(which: str) -> None:
+    results = run_ranks(2, _odd_code, which)
+    assert results[0]
+    _assert_exact(results)

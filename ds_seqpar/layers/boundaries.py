@@ -54,16 +54,24 @@ def become(module: nn.Module, *mixins: type, before: bool = True) -> None:
 
 
 class TokenwiseModule:
-    """A module outside the layers that treats each token alone (the final norm): acts on the shard of a TokenShard."""
+    """A module outside the layers that treats each token alone (the final norm): acts on the shard of a TokenShard.
+
+    Its gradients are parts that are summed over the group, so where a gradient may be asked for it always acts on a shard.
+    """
 
     seqpar: ShardingState
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """TokenShard -> TokenShard; any other tensor as before."""
-        call = super().__call__  # type: ignore[misc]
-        if isinstance(input, TokenShard):
-            return TokenShard(call(input.local(), *args, **kwargs), input.region, self.seqpar)
-        return call(input, *args, **kwargs)  # type: ignore[no-any-return]
+        call, state = super().__call__, self.seqpar  # type: ignore[misc]
+        if not isinstance(input, TokenShard):
+            if not (state.sequence_parallel and torch.is_grad_enabled()):
+                return call(input, *args, **kwargs)  # type: ignore[no-any-return]
+            if input.dim() != 3:
+                raise SeqParError(f"{type(self).__name__} takes [b, s, h] while training, not {list(input.shape)}")
+            region = TokenRegion(input.shape[0], input.shape[1], True, state.groups, state.overlap)
+            input = TokenShard(region.local_of_replicated(input), region, state)
+        return TokenShard(call(input.local(), *args, **kwargs), input.region, state)
 
 
 class ShardedBlock:
@@ -99,8 +107,12 @@ class ShardedBlock:
             )
         handle = GatheredInput(local, region, state)
         drops_heads = not region.cut and self.training and state.groups.tp_size > 1  # type: ignore[attr-defined]
-        with state.random.fork(draw_seed(), per_rank=True) if drops_heads else nullcontext():
-            output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
+        outer, state.in_block = state.in_block, True
+        try:
+            with state.random.fork(draw_seed(), per_rank=True) if drops_heads else nullcontext():
+                output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            state.in_block = outer
         for unused in handle.unused():
             self._ungroup(unused)
         return output

@@ -30,8 +30,8 @@ class VocabParallelEmbedding(nn.Embedding):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """ids -> embeddings; a shard leaves wrapped, after the module's hooks have seen it plain."""
         output = super().__call__(*args, **kwargs)
-        region = self.seqpar.region
-        if region is not None and region.cut and output.shape == region.local_shape(output.shape[-1]):
+        region, ids = self.seqpar.region, args[0] if args else kwargs["input"]
+        if region is not None and region.cut and ids.shape == (region.batch, region.seq):
             return TokenShard(output, region, self.seqpar)
         return output  # type: ignore[no-any-return]
 

@@ -35,7 +35,7 @@ _METADATA_PROPERTIES = {
 _AUTOGRAD_PROPERTIES = {"requires_grad", "grad_fn", "is_leaf"}
 _ELEMENTWISE = {
     "mul", "__mul__", "__rmul__", "multiply", "div", "__div__", "__truediv__", "true_divide", "divide", "add", "__add__",
-    "__radd__", "sub", "__sub__", "neg", "__neg__", "tanh", "to", "float", "half", "bfloat16", "type", "contiguous",
+    "__radd__", "sub", "__sub__", "neg", "__neg__", "tanh", "to", "float", "half", "bfloat16", "contiguous",
 }  # fmt: skip
 _ELEMENTWISE_ON_TOKENS = _ELEMENTWISE | {"dropout", "clone", "detach"}
 

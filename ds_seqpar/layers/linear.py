@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from ..comm.collectives import all_reduce
 from ..comm.regions import gather_columns
 from ..comm.tokens import gather_rows, gather_rows_async, reduce_scatter_rows, reduce_scatter_rows_async
+from ..errors import SeqParError
 from .handles import GatheredInput, ShardedLogits, TokenShard
 from .region import ShardingState, TokenRegion
 
@@ -55,7 +56,7 @@ class _ColumnParallel(Function):
                 dx.addmm_(dy, weight)
             if region.cut and region.overlap:
                 reducing = reduce_scatter_rows_async(dx, group)
-            else:
+            elif not region.summed_later:
                 dx = reduce_scatter_rows(dx, group) if region.cut else all_reduce(dx, group)
         full = x
         if any(wants_dw) and region.cut:
@@ -116,7 +117,8 @@ class ColumnParallelLinear(nn.Linear):
         backward dx = reduce_scatter(sum over siblings of dy @ w), under which the wgrads run
                  dw = dy.T @ all_gather(x), the re-gather runs under the dgrads; db = dy.sum(0); both complete
 
-    A plain tensor [b, s, in], equal on every rank, is taken as ordinary tensor parallelism (f of Megatron).
+    A plain tensor [b, s, in], equal on every rank, is taken as ordinary tensor parallelism: dx is all-reduced, except inside
+    a block, where what the block's code made of its input came from a gather that sums dx itself.
     Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.
     """
 
@@ -127,7 +129,8 @@ class ColumnParallelLinear(nn.Linear):
         """[b, s, in] or its handle -> [b, s, out_r]."""
         if isinstance(input, GatheredInput):
             return input.column(self)
-        region = TokenRegion(1, input.numel() // input.shape[-1], False, self.seqpar.groups)
+        tokens, state = input.numel() // input.shape[-1], self.seqpar
+        region = TokenRegion(1, tokens, False, state.groups, summed_later=state.in_block)
         output = column_parallel(input, region, [self])[0]
         return output.view(*input.shape[:-1], -1)
 
@@ -148,9 +151,16 @@ class RowParallelLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[b, s, in_r] -> the region's local shape with `out` columns."""
-        region = self.seqpar.region
-        if region is None or region.tokens * input.shape[-1] != input.numel():
-            region = TokenRegion(1, input.numel() // input.shape[-1], False, self.seqpar.groups)
+        region, tokens = self.seqpar.region, input.numel() // input.shape[-1]
+        if region is None or region.tokens != tokens:
+            if self.seqpar.sequence_parallel and torch.is_grad_enabled():
+                expected = (
+                    "no forward of the model is running" if region is None else f"this forward has {region.tokens}"
+                )
+                raise SeqParError(
+                    f"a row-parallel linear was given {tokens} tokens but {expected}; its bias would get a wrong gradient"
+                )
+            region = TokenRegion(1, tokens, False, self.seqpar.groups)
         x, weight, bias = _autocast(input, self.weight, self.bias)
         assert x is not None and weight is not None
         with torch.autocast(x.device.type, enabled=False):

@@ -76,7 +76,9 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        dx = None if dx is None else dx * dloss.to(dx.dtype)
+        dx = (
+            None if dx is None else (dx.to(dloss.dtype) * dloss).to(dx.dtype)
+        )  # a rounded factor would scale every gradient
         dw = None if dw is None else (dw * dloss).to(weight_dtype)
         db = None if db is None else (db * dloss).to(bias_dtype)
         return dx, dw, db, None, None

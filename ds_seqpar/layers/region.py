@@ -32,13 +32,18 @@ __all__ = ["ShardingState", "TokenRegion"]
 
 @dataclass(frozen=True)
 class TokenRegion:
-    """One forward's tokens. `cut`: each rank holds [1, c, h] of them; otherwise every rank holds [b, s, h]."""
+    """One forward's tokens. `cut`: each rank holds [1, c, h] of them; otherwise every rank holds [b, s, h].
+
+    `summed_later`: the gradient of a column-parallel linear's input stays this rank's part, because the gather that the
+    input came from sums it.
+    """
 
     batch: int
     seq: int
     cut: bool
     groups: ParallelGroups
     overlap: bool = True
+    summed_later: bool = False
 
     @property
     def tokens(self) -> int:
@@ -95,6 +100,7 @@ class ShardingState:
     guard: InputGuard
     guarded_seed: int | None = None
     region: TokenRegion | None = None
+    in_block: bool = False
     materialised: Counter[str] = field(default_factory=Counter)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ShardingState:
