@@ -87,12 +87,12 @@ def parse_job() -> Job:
     text = "files or folders of .txt, .md, .py, .jsonl; default: the source of Python's standard library"
     parser.add_argument("--text", type=Path, nargs="+", metavar="PATH", help=text)
     parser.add_argument("--jsonl-field", default="text", help="field of a JSONL line that is trained on (%(default)s)")
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (%(default)s)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a row (%(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate of the AdamW used (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of the AdamW used (%(default)s)")
     parser.add_argument("--warmup-steps", type=int, default=3, help="steps of linear warm-up (%(default)s)")
     parser.add_argument("--held-out-rows", type=int, default=6, help="rows of the held-out loss (%(default)s)")
-    parser.add_argument("--prompt", default='def read_lines(path):\n    """', help="text that is continued before and after")
+    parser.add_argument("--prompt", default='def read_lines(path):\n    """', help="text to continue, before and after")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens that continue it (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher appends it

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["DataError", "Document", "pack", "read_documents", "split_documents", "standard_library"]
 
 HELD_OUT_EVERY = 10
-NO_PROSE = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests"}
+ROWS_TO_DRAW_FROM = 8  # times the rows wanted
+NOT_TRAINED_ON = {"encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
 
 
 class DataError(ValueError):
@@ -33,9 +34,9 @@ class Document:
 
 
 def standard_library() -> list[Document]:
-    """The source files of the running Python's standard library, without its tests."""
+    """The source files of the running Python's standard library, without tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [p for p in sorted(root.rglob("*.py")) if not NO_PROSE.intersection(p.relative_to(root).parts)]
+    paths = [p for p in sorted(root.rglob("*.py")) if not NOT_TRAINED_ON.intersection(p.relative_to(root).parts)]
     documents = [_read_text(p, p.relative_to(root).as_posix()) for p in paths]
     if not documents:
         raise DataError(f"no Python source lies in {root}; pass your own text with --text")
@@ -105,19 +106,22 @@ def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list
 def pack(documents: Sequence[Document], tokenizer: Any, seq_len: int, rows: int, seed: int) -> torch.Tensor:
     """[n, seq_len] token ids, 1 <= n <= rows: shuffled documents end to end, each closed by the end-of-text token.
 
+    The rows are drawn from more text than they need, so that a few rows come from many documents.
+
     Raises DataError if there is not one full row.
     """
     import torch
 
-    order = list(documents)
-    random.Random(seed).shuffle(order)
+    order, generator = list(documents), random.Random(seed)
+    generator.shuffle(order)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     for document in order:
-        if len(tokens) >= rows * seq_len:
+        if len(tokens) >= ROWS_TO_DRAW_FROM * rows * seq_len:
             break
         tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + end
-    n = min(rows, len(tokens) // seq_len)
-    if n == 0:
+    available = len(tokens) // seq_len
+    if available == 0:
         raise DataError(f"{len(tokens)} tokens do not fill one row of {seq_len}; give more text or a smaller --seq-len")
-    return torch.tensor(tokens[: n * seq_len]).view(n, seq_len)
+    chosen = generator.sample(range(available), min(rows, available))
+    return torch.tensor([tokens[row * seq_len : (row + 1) * seq_len] for row in chosen])
