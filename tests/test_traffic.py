@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from typing import Any
 
@@ -83,6 +84,7 @@ def _saved(tp: int, key: dict[str, Any]) -> list[tuple[int, ...]]:
     model = tiny("llama", intermediate_size=56).train()
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 2, 1)
     parameters = {p.data_ptr() for p in model.parameters()}
+    before = {id(x) for x in gc.get_objects() if type(x) is torch.Tensor}
     shapes = []
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -93,8 +95,10 @@ def _saved(tp: int, key: dict[str, Any]) -> list[tuple[int, ...]]:
     batch = batches(1, 2, 16)[0]
     batch.pop("attention_mask")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        engine(**batch)
-    return shapes
+        output = engine(**batch)
+    alive = [x for x in gc.get_objects() if type(x) is torch.Tensor]  # what nodes of the graph hold by attribute
+    assert output.loss.requires_grad
+    return shapes + [tuple(x.shape) for x in alive if id(x) not in before]
 
 
 @pytest.mark.parametrize("key", [{}, {"recompute": "selective"}, {"recompute": "full"}])
