@@ -96,7 +96,8 @@ def _saved(tp: int, key: dict[str, Any]) -> list[tuple[int, ...]]:
     batch.pop("attention_mask")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = engine(**batch)
-    alive = [x for x in gc.get_objects() if type(x) is torch.Tensor]  # what nodes of the graph hold by attribute
+    # What nodes of the graph hold by attribute; integers are generator states and masks.
+    alive = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.is_floating_point()]
     assert output.loss.requires_grad
     return shapes + [tuple(x.shape) for x in alive if id(x) not in before]
 
