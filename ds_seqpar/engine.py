@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.utils import groups as ds_groups
-from deepspeed.utils import logger
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
@@ -87,7 +87,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         enable_full_recompute(hf_model)
     _tag(hf_model, report, groups)
     if comm.get_rank() == 0:
-        logger.info(str(report))
+        _logger().info("%s", report)
     return report
 
 
@@ -117,6 +117,16 @@ def _refuse_bypass(model: Any, config: Any) -> None:
             f'the DeepSpeed config holds "{KEY}" but the model is not sharded: `initialize` was imported from deepspeed before '
             "ds_seqpar was; import ds_seqpar first, or call ds_seqpar.initialize"
         )
+
+
+def _logger() -> logging.Logger:
+    """The `ds_seqpar` logger, with a handler of its own if nobody gave it one: DeepSpeed's shows warnings only."""
+    logger = logging.getLogger("ds_seqpar")
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    return logger
 
 
 def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

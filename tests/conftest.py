@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-ON_GPU = os.environ.setdefault("DS_SEQPAR_TEST_DEVICE", "cpu") == "cuda"  # the same tests over NCCL, where there are GPUs
-if ON_GPU:
+# ruff: noqa: E402
+# The same tests run over NCCL where there are GPUs.
+if os.environ.setdefault("DS_SEQPAR_TEST_DEVICE", "cpu") == "cuda":
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not start CUDA before the fork
 else:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -21,3 +22,4 @@ import torch
 
 torch.set_num_threads(1)
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+logging.getLogger("ds_seqpar").setLevel(logging.WARNING)

@@ -18,7 +18,9 @@ from ds_seqpar.checkpoint.gathering import gather_parameter
 __all__ = ["full_gradients", "relative_error", "same_loss_and_gradients", "twins"]
 
 
-def twins(family: str = "llama", *, key: dict[str, Any] | None = None, **own: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+def twins(
+    family: str = "llama", *, key: dict[str, Any] | None = None, **own: Any
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """(sharded over the whole world, unsharded), equal weights, in float64 and training mode unless `own` says otherwise."""
     fresh_groups()
     own = {"dtype": torch.float64, **own}

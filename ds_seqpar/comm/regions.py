@@ -57,7 +57,10 @@ class _GatherForReplicated(Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor, tokens: int, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return gather_rows(shard, tokens, group)
+        full = gather_rows(shard, tokens, group)
+        return (
+            full.clone() if full._is_view() else full
+        )  # the caller may change it in place; autograd forbids that of views
 
     @staticmethod
     @once_differentiable

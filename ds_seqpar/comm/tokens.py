@@ -37,7 +37,8 @@ def _padded(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def gather_rows(shard: Tensor, tokens: int, group: ProcessGroup) -> Tensor:
     """[c, ...] -> [T, ...]."""
-    return all_gather(shard, group)[:tokens]
+    full = all_gather(shard, group)
+    return full if full.shape[0] == tokens else full[:tokens]
 
 
 def gather_rows_async(shard: Tensor, group: ProcessGroup) -> Pending:

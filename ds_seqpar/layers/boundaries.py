@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import CheckpointError, PlanError, SeqParError
 from .handles import GatheredInput, Handle, ShardedLogits, TokenShard
-from .random import draw_seed
+from .random import seed_of_state
 from .region import ShardingState, TokenRegion
 
 __all__ = ["ShardedBlock", "ShardedHeadModel", "ShardedLayer", "ShardedModel", "TokenwiseModule", "become"]
@@ -109,7 +109,7 @@ class ShardedBlock:
         drops_heads = not region.cut and self.training and state.groups.tp_size > 1  # type: ignore[attr-defined]
         outer, state.in_block = state.in_block, True
         try:
-            with state.random.fork(draw_seed(), per_rank=True) if drops_heads else nullcontext():
+            with state.random.fork(seed_of_state(), per_rank=True) if drops_heads else nullcontext():
                 output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
         finally:
             state.in_block = outer
@@ -172,7 +172,7 @@ class _Guarded:
         if state.guarded_seed is not None:
             yield state.guarded_seed
             return
-        state.guarded_seed = state.guard.check(args, kwargs, draws=self.training)  # type: ignore[attr-defined]
+        state.guarded_seed = state.guard.check(args, kwargs, seeds=self.training)  # type: ignore[attr-defined]
         try:
             yield state.guarded_seed
         finally:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DataMismatchError
 from ..groups import ParallelGroups
-from .random import draw_seed
+from .random import seed_of_state
 
 __all__ = ["InputGuard"]
 
@@ -28,15 +28,15 @@ class InputGuard:
         self._groups = groups
         self._late: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
 
-    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, draws: bool) -> int:
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, seeds: bool) -> int:
         """Raises DataMismatchError on every rank if any rank's inputs differ; returns a seed equal on all ranks.
 
-        `draws`: take the seed from the default generator. In evaluation nothing is drawn, so that sampling is undisturbed.
+        `seeds`: whether the seed is wanted; it is made of the default generator's state on the group's first rank.
         """
         self._check_late()
         inputs = {f"argument {i}": x for i, x in enumerate(args)} | dict(kwargs)
         prints = {name: _fingerprint(x) for name, x in sorted(inputs.items())}
-        mine = torch.tensor([zlib.crc32(repr(prints).encode()), draw_seed() if draws else 0], dtype=torch.int64)
+        mine = torch.tensor([zlib.crc32(repr(prints).encode()), seed_of_state() if seeds else 0], dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self._groups.tp_size)]
         dist.all_gather(everyone, mine, group=self._groups.tp_cpu_group)
         if any(int(theirs[0]) != int(everyone[0][0]) for theirs in everyone):

@@ -70,6 +70,7 @@ class Handle(torch.Tensor):
     state: ShardingState
     _full: Tensor | None
     _hooks: list[tuple[Callable[..., Any], Any]]
+    _grad_mode: bool  # of the forward that made it, whatever mode its reader is in
     _elementwise: set[str] = _ELEMENTWISE
     _allows_in_place = True
 
@@ -79,6 +80,7 @@ class Handle(torch.Tensor):
     ) -> Any:
         handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=source.device)
         handle.source, handle.region, handle.state, handle._full, handle._hooks = source, region, state, None, []
+        handle._grad_mode = torch.is_grad_enabled()
         return handle
 
     def _gather(self) -> Tensor:
@@ -86,6 +88,13 @@ class Handle(torch.Tensor):
 
     def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
         raise RuntimeError("a Handle subclass must say how it is acted on")
+
+    def _acted_on(self, act: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.set_grad_enabled(self._grad_mode and torch.is_grad_enabled()):
+            return self._apply(act)
+
+    def _autograd(self, name: str) -> Any:
+        return getattr(self.source, name)
 
     def is_untouched(self) -> bool:
         """True while the parts are the truth: nobody has had the whole, or asked to see its gradient."""
@@ -101,7 +110,8 @@ class Handle(torch.Tensor):
                     *name.split("."),
                 )
             self.state.materialised[name] += 1
-            self._full = self._gather()
+            with torch.set_grad_enabled(self._grad_mode):
+                self._full = self._gather()
             for hook, removable in self._hooks:
                 if self._full.requires_grad and not removable.removed:
                     self._full.register_hook(hook)
@@ -127,7 +137,7 @@ class Handle(torch.Tensor):
                 return func(*args, **kwargs)
         if isinstance(first, Handle):
             if is_property and name in _AUTOGRAD_PROPERTIES:
-                return getattr(first.source if first._full is None else first._full, name)
+                return getattr(first._full, name) if first._full is not None else first._autograd(name)
             if name == "register_hook" and first._full is None:
                 removable = _RemovableHook()
                 first._hooks.append((args[1], removable))
@@ -136,11 +146,10 @@ class Handle(torch.Tensor):
                 if name == "__getitem__" and _selects_everything(args[1]):
                     return first
                 if name in first._elementwise and _acts_on_one(args, kwargs):
-                    handle = first
-                    return handle._apply(lambda x: func(x, *args[1:], **kwargs))
+                    return first._acted_on(lambda x: func(x, *args[1:], **kwargs))
         if name in _ELEMENTWISE and len(args) == 2 and isinstance(args[1], Handle) and _acts_on_one(args[::-1], kwargs):
             if args[1].is_untouched():  # a 0-dim tensor or a number stands on the left
-                return args[1]._apply(lambda x: func(args[0], x, **kwargs))
+                return args[1]._acted_on(lambda x: func(args[0], x, **kwargs))
         return _call_on_real(func, name, args, kwargs)
 
 
@@ -254,6 +263,12 @@ class ShardedLogits(Handle):
         handle = cls._make(shape, source, region, head.seqpar, dtype or source.dtype)
         handle.head, handle.transforms = head, transforms
         return handle  # type: ignore[no-any-return]
+
+    def _autograd(self, name: str) -> Any:
+        """A head that is trained alone gives logits a gradient that their source does not have."""
+        if self.source.requires_grad or not (self._grad_mode and self.head.weight.requires_grad):
+            return getattr(self.source, name)
+        return getattr(self.materialise(name), name)
 
     def _gather(self) -> Tensor:
         logits = self.head.gathered_logits(self.source, self.region)

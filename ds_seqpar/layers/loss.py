@@ -65,16 +65,17 @@ class _LinearCrossEntropy(Function):
                 db += dlogits.sum(0)
         if dx is not None and not cut:
             dx = all_reduce(dx, group)
-        ctx.save_for_backward(dx, dw, db)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         counted = (targets != options.ignore_index).sum().to(wide)
+        ctx.save_for_backward(dx, dw, db, counted)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(counted)
         return total, counted
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, db = ctx.saved_tensors
+        dx, dw, db, counted = ctx.saved_tensors
+        dloss = torch.where(counted > 0, dloss, 0.0)  # a mean over no label is NaN with zero gradients, as in torch
         weight_dtype, bias_dtype = ctx.dtypes
         dx = (
             None if dx is None else (dx.to(dloss.dtype) * dloss).to(dx.dtype)

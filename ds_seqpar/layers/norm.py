@@ -19,7 +19,7 @@ class CutRMSNorm(nn.Module):
         weight [d] -> [d_r], its gradient complete
         y = weight * x * rsqrt(sum over ranks of x^2 / d + eps), in fp32 as the module it replaces
 
-    `norm_width` is d; `norm_eps` is eps; `norm_slots`/`norm_weightings` correct for columns that several ranks hold.
+    `norm_width` is d; `norm_eps` is eps; `norm_copies` is how many ranks hold the same columns as this one.
     """
 
     seqpar: ShardingState

@@ -1,12 +1,13 @@
 """Random numbers: different on every rank where tokens or heads differ, equal where activations are replicated.
 
 Inside a fork the *default* generators run a stream of this rank. They are the ones that torch.utils.checkpoint saves
-and restores, so a recomputed layer draws the same masks. Outside, nothing was drawn but one seed a forward, so ranks
-that were seeded alike stay alike and a fixed seed gives the same run twice.
+and restores, so a recomputed layer draws the same masks. Outside, one number is drawn after a fork that drew anything, so
+ranks that were seeded alike stay alike, a fixed seed gives the same run twice, and a model without dropout draws nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,14 +16,15 @@ import torch.distributed as dist
 
 from ..groups import ParallelGroups
 
-__all__ = ["ParallelRandom", "draw_seed"]
+__all__ = ["ParallelRandom", "seed_of_state"]
 
 _MIX = 0x9E3779B97F4A7C15  # odd 64-bit constant: consecutive ranks land far apart
 
 
-def draw_seed() -> int:
-    """One 63-bit number from the default CPU generator."""
-    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+def seed_of_state() -> int:
+    """63 bits made of the default CPU generator's state, which stays as it is."""
+    digest = hashlib.blake2b(bytes(torch.get_rng_state().numpy()), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 class ParallelRandom:
@@ -31,7 +33,7 @@ class ParallelRandom:
     def __init__(self, groups: ParallelGroups) -> None:
         self._groups = groups
         self._on_gpu = dist.get_backend(groups.tp_group) == "nccl"
-        self._saved: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._saved: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
 
     @contextmanager
     def fork(self, seed: int, *, per_rank: bool) -> Iterator[None]:
@@ -62,14 +64,22 @@ class ParallelRandom:
 
     def leave(self) -> None:
         """Ends the innermost fork early: where a block's output becomes replicated before the block returns."""
-        if self._saved:
-            cpu, cuda = self._saved.pop()
-            torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda)
+        if not self._saved:
+            return
+        outside, begun = self._saved.pop()
+        drew = not all(torch.equal(a, b) for a, b in zip(self._states(), begun, strict=True))
+        torch.set_rng_state(outside[0])
+        if self._on_gpu:
+            torch.cuda.set_rng_state(outside[1])
+        if drew:
+            torch.rand(())  # the next fork must not start from the same state
+
+    def _states(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self._on_gpu else [])]
 
     def _enter(self, seed: int) -> None:
-        self._saved.append((torch.get_rng_state(), torch.cuda.get_rng_state() if self._on_gpu else None))
+        outside = self._states()
         torch.default_generator.manual_seed(seed)
         if self._on_gpu:
             torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+        self._saved.append((outside, self._states()))

@@ -42,31 +42,33 @@ def _everyone(dtype: torch.dtype, layout: str, size: int, first: int = 0) -> lis
     return [_strided(first + rank, dtype, layout) for rank in range(size)]
 
 
+def _check_collectives(x: Tensor, everyone: list[Tensor], group: dist.ProcessGroup) -> None:
+    before, total, rank = x.clone(), torch.stack(everyone).sum(0), dist.get_rank(group)
+    rows = ROWS // len(everyone)
+    mine = slice(rank * rows, (rank + 1) * rows)
+    expected: list[tuple[Callable[[], Tensor], Tensor]] = [
+        (lambda: all_gather(x, group), torch.cat(everyone)),
+        (lambda: all_gather_async(x, group).wait(), torch.cat(everyone)),
+        (lambda: reduce_scatter(x, group), total[mine]),
+        (lambda: reduce_scatter_async(x, group).wait(), total[mine]),
+        (lambda: all_reduce(x, group), total),
+        (lambda: all_reduce(x, group, dist.ReduceOp.MAX), torch.stack(everyone).max(0).values),
+    ]
+    for run, wanted in expected:
+        result = run()
+        assert torch.equal(result, wanted) and result.dtype is x.dtype
+        assert result.is_contiguous()
+        result.fill_(-5)  # a new tensor: its change reaches neither the input nor a second call
+        assert torch.equal(x, before)
+        assert torch.equal(run(), wanted)
+
+
 def _collectives() -> None:
     group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for layout in ("plain", "transposed", "sliced", "expanded"):
-            everyone = _everyone(dtype, layout, size)
-            x = _strided(rank, dtype, layout)
-            assert (layout == "plain") == x.is_contiguous()
-            before = x.clone()
-            total = torch.stack(everyone).sum(0)
-            mine = slice(rank * (ROWS // size), (rank + 1) * (ROWS // size))
-            expected: list[tuple[Callable[[], Tensor], Tensor]] = [
-                (lambda: all_gather(x, group), torch.cat(everyone)),
-                (lambda: all_gather_async(x, group).wait(), torch.cat(everyone)),
-                (lambda: reduce_scatter(x, group), total[mine]),
-                (lambda: reduce_scatter_async(x, group).wait(), total[mine]),
-                (lambda: all_reduce(x, group), total),
-                (lambda: all_reduce(x, group, dist.ReduceOp.MAX), torch.stack(everyone).max(0).values),
-            ]
-            for run, wanted in expected:
-                result = run()
-                assert torch.equal(result, wanted) and result.dtype is dtype
-                assert result.is_contiguous()
-                result.fill_(-5)  # a new tensor: its change reaches neither the input nor a second call
-                assert torch.equal(x, before)
-                assert torch.equal(run(), wanted)
+            assert (layout == "plain") == _strided(rank, dtype, layout).is_contiguous()
+            _check_collectives(_strided(rank, dtype, layout), _everyone(dtype, layout, size), group)
 
 
 @pytest.mark.parametrize("world", WORLDS)

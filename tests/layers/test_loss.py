@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +83,9 @@ def _run(case: Case) -> dict[str, Any]:
 
     mine = hidden.clone()
     if case.cut:
-        padded = torch.cat([hidden, hidden.new_full((t * region.rows - region.tokens, H), 9.0)])  # dead rows are not zero
+        padded = torch.cat(
+            [hidden, hidden.new_full((t * region.rows - region.tokens, H), 9.0)]
+        )  # dead rows are not zero
         mine = padded[rank * region.rows : (rank + 1) * region.rows].clone()
     mine.requires_grad_(case.hidden_grad)
     w = weight[start:stop].clone().requires_grad_(case.weight_grad)
@@ -134,8 +135,18 @@ def _run(case: Case) -> dict[str, Any]:
 
 
 CASES = [
-    *(Case(transforms=name, cut=cut, bias=bias) for name in TRANSFORMS for cut in (True, False) for bias in (True, False)),
-    *(Case(chunk=chunk, cut=cut, seq=seq) for chunk in (1, 2, 3, 7, 10**9) for cut in (True, False) for seq in (1, 6, 7)),
+    *(
+        Case(transforms=name, cut=cut, bias=bias)
+        for name in TRANSFORMS
+        for cut in (True, False)
+        for bias in (True, False)
+    ),
+    *(
+        Case(chunk=chunk, cut=cut, seq=seq)
+        for chunk in (1, 2, 3, 7, 10**9)
+        for cut in (True, False)
+        for seq in (1, 6, 7)
+    ),
     *(Case(ignored=ignored, cut=cut) for ignored in ("none", "all") for cut in (True, False)),
     Case(batch=1, seq=1),
     Case(ignore_index=5),
@@ -167,7 +178,11 @@ def test_loss_and_gradients_equal_torchs_in_float64(world: int) -> None:
 
 
 def _low_precision() -> dict[str, Any]:
-    cases = [Case(dtype=torch.bfloat16), Case(dtype=torch.bfloat16, cut=False), Case(dtype=torch.float32, transforms="softcap")]
+    cases = [
+        Case(dtype=torch.bfloat16),
+        Case(dtype=torch.bfloat16, cut=False),
+        Case(dtype=torch.float32, transforms="softcap"),
+    ]
     return {str(case): (case.dtype, _run(case)) for case in cases}
 
 
@@ -198,31 +213,6 @@ def _out_of_range(label: int) -> str:
 def test_a_label_outside_the_vocabulary_raises_on_every_rank(label: int) -> None:
     for message in run_ranks(2, _out_of_range, label, deepspeed=False, timeout=60):
         assert message == f"label {label} is outside the vocabulary of {V}; use -100 to ignore a token"
-
-
-def _mean_over_nothing() -> tuple[float, float, float]:
-    groups = ParallelGroups.around(dist.group.WORLD)
-    hidden, weight, _, targets = _inputs(Case(ignored="all"))
-    start, stop = even_bounds(V, groups.tp_size)[groups.tp_rank]
-    x, w = hidden.requires_grad_(), weight[start:stop].requires_grad_()
-    region = TokenRegion(2, 5, False, groups)
-    total, counted = vocab_parallel_linear_cross_entropy(
-        x, w, None, targets, region, vocab_start=start, vocab_size=V, chunk_tokens=4
-    )
-    mean = total / counted
-    mean.backward()
-    assert x.grad is not None and w.grad is not None
-    return float(mean), float(x.grad.abs().max()), float(w.grad.abs().max())
-
-
-def test_the_mean_over_no_label_is_nan_with_zero_gradients_as_in_torch() -> None:
-    """torch: the loss is nan, its gradients are zero, so a batch whose labels are all ignored does not destroy the weights."""
-    logits = torch.randn(3, 5, requires_grad=True)
-    cross_entropy(logits, torch.full((3,), -100)).backward()
-    assert logits.grad is not None and bool((logits.grad == 0).all())
-    for mean, dx, dw in run_ranks(2, _mean_over_nothing, deepspeed=False, timeout=60):
-        assert math.isnan(mean)
-        assert (dx, dw) == (0.0, 0.0)
 
 
 def _largest_allocation() -> int:

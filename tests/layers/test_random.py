@@ -16,7 +16,7 @@ def _streams() -> dict[str, float]:
     ds_seqpar.shard(model, {"tp_size": 2, "sequence_parallel": False})
     state, draws = model.seqpar, {}
     torch.manual_seed(7)
-    draws["expected after"] = float(torch.rand(()))
+    draws["first"], draws["second"] = float(torch.rand(())), float(torch.rand(()))
     torch.manual_seed(7)
     with state.random.fork(11, per_rank=True):
         draws["apart"] = float(torch.rand(()))
@@ -36,4 +36,5 @@ def test_streams_are_apart_inside_a_fork_only() -> None:
     assert first["apart"] != second["apart"]
     for name in ("together", "after", "after the row"):
         assert first[name] == second[name], name
-    assert first["after"] == first["after the row"] == first["expected after"]
+    assert first["after"] == first["second"], "a fork that drew is followed by one draw outside"
+    assert first["after the row"] == first["first"], "a fork that drew nothing leaves the stream where it was"

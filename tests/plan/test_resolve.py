@@ -190,9 +190,10 @@ def test_packed_weights_are_cut_section_by_section() -> None:
     base = facts(tp_plan={"model.layers.*.self_attn.o_proj": "rowwise", "model.layers.*.mlp.down_proj": "rowwise"})
     kept = {name: module for name, module in base.modules.items() if "layers" not in name}
     model = replace(base, modules=kept | {f"model.layers.0.{name}": module for name, module in modules.items()})
-    for t in (1, 2, 3, 4):
-        plan = resolve(model, family("phi3"), t)
-        _check_plan_packed(plan, t)
+    for t in (1, 2, 3):
+        _check_plan_packed(resolve(model, family("phi3"), t), t)
+    with pytest.raises(PlanError, match=r"qkv_proj: 3 kv heads over tp_size=4 would be copied .*use tp_size <= 3"):
+        resolve(model, family("phi3"), 4)
     assert resolve(model, family("phi3"), 2).modules["model.layers.0.self_attn.qkv_proj"].cuts["weight"].ranges == (
         ((0, 32), (48, 64), (72, 88)),
         ((32, 48), (64, 72), (88, 96)),
@@ -219,7 +220,12 @@ def test_interleaved_qkv_is_cut_between_heads() -> None:
         "mlp.gate_proj": _linear(50, 48),
         "mlp.down_proj": _linear(48, 50),
     }
-    plan_words = {"attention.query_key_value": "colwise", "attention.dense": "rowwise", "mlp.gate_proj": "colwise", "mlp.down_proj": "rowwise"}  # fmt: skip
+    plan_words = {
+        "attention.query_key_value": "colwise",
+        "attention.dense": "rowwise",
+        "mlp.gate_proj": "colwise",
+        "mlp.down_proj": "rowwise",
+    }
     model = replace(
         base,
         modules=kept | {f"model.layers.0.{name}": module for name, module in block.items()},
@@ -304,7 +310,7 @@ def test_a_family_file_is_data() -> None:
         for node in body:
             assert isinstance(node, ast.Assign), f"{file.name}, line {node.lineno}: not an assignment"
             ast.literal_eval(node.value)
-            assert [t.id for t in node.targets if isinstance(t, ast.Name)][0] in (
+            assert next(t.id for t in node.targets if isinstance(t, ast.Name)) in (
                 "STYLES",
                 "ROLES",
                 "ATTRIBUTES",
