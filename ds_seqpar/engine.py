@@ -3,7 +3,8 @@
 The only file that imports deepspeed. Private names it relies on, each held by a contract test:
 `groups._init_tp_mesh_device`, `groups._TENSOR_MODEL_PARALLEL_GROUP`, `model.ds_autotp_parsed`, `parameter.tensor_model_parallel`,
 `parameter.ds_is_replaced_module` with `gather_params` and `_tp_partition`, `engine.first_dataloader_check`,
-`engine._config.train_batch_size`, `engine.tput_timer.batch_size`.
+`engine._config.train_batch_size`, `engine.tput_timer.batch_size`, `init_utils.load_ds_config`,
+`constants.GRADIENT_CLIPPING_DEFAULT`, and that `initialize` builds a `deepspeed.DeepSpeedEngine` with keyword arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.utils import groups as ds_groups
-from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from .checkpoint.gathering import gather_parameter, part_of
@@ -31,10 +31,11 @@ from .groups import ParallelGroups
 from .hf import causal_lm_loss, describe, enable_full_recompute, require_model
 from .inject import inject, report_of
 from .layers.boundaries import ShardedBlock
+from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
 from .plan.report import ParameterEntry, Report
 
-__all__ = ["initialize", "patch", "shard"]
+__all__ = ["gathered", "initialize", "patch", "shard", "whole_parameter"]
 
 _plain_initialize = deepspeed.initialize
 
@@ -160,7 +161,7 @@ def _translated(ds_config: dict[str, Any], config: SeqParConfig) -> dict[str, An
         raise ConfigError(
             f'"{KEY}.tp_size": {t} does not divide the {world} ranks of this run; use a divisor of {world}'
         )
-    theirs = ds_config.get("tensor_parallel") or {}
+    theirs = _section(ds_config, "tensor_parallel")
     autotp = theirs.get("autotp_size", 0)
     if autotp not in (0, 1, t):
         raise ConfigError(
@@ -179,10 +180,17 @@ def _translated(ds_config: dict[str, Any], config: SeqParConfig) -> dict[str, An
     return result
 
 
+def _section(ds_config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = ds_config.get(name)
+    if section is not None and not isinstance(section, dict):
+        raise ConfigError(f'"{name}" must be an object, not {section!r}')
+    return section or {}
+
+
 def _refuse_wrong_norm(ds_config: Mapping[str, Any], tp_size: int) -> None:
     """DeepSpeed's ZeRO-0 half-precision optimizer leaves the shards of every rank but the first out of the clipping norm."""
-    half = [name for name in ("bf16", "bfloat16", "fp16") if (ds_config.get(name) or {}).get("enabled")]
-    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
+    half = [name for name in ("bf16", "bfloat16", "fp16") if _section(ds_config, name).get("enabled")]
+    stage = _section(ds_config, "zero_optimization").get("stage", 0)
     clipping = ds_config.get("gradient_clipping", GRADIENT_CLIPPING_DEFAULT)
     if tp_size > 1 and half and stage == 0 and clipping:
         raise ConfigError(
@@ -247,7 +255,11 @@ def _tag(model: nn.Module, report: Report, groups: ParallelGroups) -> None:
         tagged._tp_partition = functools.partial(_cut_in_place, entries=by_identity, groups=groups)
     for module in model.modules():
         if isinstance(module, ShardedBlock):
-            set_z3_leaf_module(module, True)  # the block's linears are computed together, so they are fetched together
+            # The block's column-parallel linears are computed together, so under ZeRO-3 the block fetches and releases them.
+            for linear in module.modules():
+                if isinstance(linear, ColumnParallelLinear):
+                    for parameter in linear.parameters(recurse=False):
+                        deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _gather_in_place(
@@ -277,6 +289,14 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     check = getattr(engine, "first_dataloader_check", None)
     if check is not None:
         check.remove()  # ours compares every forward, and first
+    state, plain_step = engine.module.seqpar, engine.step
+
+    @functools.wraps(plain_step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        state.generation += bool(engine.is_gradient_accumulation_boundary())
+        return plain_step(*args, **kwargs)
+
+    engine.step = step
     if config.tp_size > 1 and engine.zero_optimization_stage() < 3:
         engine.save_16bit_model = _refuse_save_16bit
 

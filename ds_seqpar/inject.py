@@ -9,6 +9,8 @@ import copy
 import inspect
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checkpoint.gathering import part_of
@@ -16,7 +18,7 @@ from .config import Overlap, Recompute, SeqParConfig
 from .errors import PlanError
 from .families import TESTED, family
 from .groups import ParallelGroups
-from .layers.boundaries import ShardedBlock, ShardedHeadModel, ShardedLayer, ShardedModel, TokenwiseModule, become
+from .layers.boundaries import ShardedBlock, ShardedLayer, ShardedModel, ShardedTopModel, TokenwiseModule, become
 from .layers.embedding import VocabParallelEmbedding
 from .layers.guard import InputGuard
 from .layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
@@ -50,6 +52,7 @@ def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: Pa
     _refuse_unfit(model)
     plan = resolve(facts, family(facts.model_type), groups.tp_size)
     _check_modules(model, facts, plan)
+    _refuse_different_weights(model, groups)
     report = Report(facts.model_type, groups.tp_size, groups.tp_rank, config.sequence_parallel)
     state = ShardingState(
         groups=groups,
@@ -100,6 +103,29 @@ def _refuse_unfit(model: nn.Module) -> None:
             raise PlanError(
                 f"{name} already has a gradient; shard the model before its first backward, or zero_grad() it"
             )
+
+
+def _refuse_different_weights(model: nn.Module, groups: ParallelGroups) -> None:
+    """Ranks that built the model from different seeds would train replicas that never agree. Collective over the group."""
+    sums = {name: _checksum(p) for name, p in model.named_parameters()}
+    mine = torch.tensor(list(sums.values()), dtype=torch.int64)
+    everyone = [torch.empty_like(mine) for _ in range(groups.tp_size)]
+    dist.all_gather(everyone, mine, group=groups.tp_cpu_group)
+    differs = torch.stack(everyone).ne(everyone[0]).any(0)
+    if differs.any():
+        name = list(sums)[int(differs.nonzero()[0])]
+        raise PlanError(
+            f"{name} differs between the ranks of one tensor-parallel group; every rank must build the same whole model: load it "
+            "from one checkpoint, or seed all ranks alike before building it"
+        )
+
+
+def _checksum(parameter: Tensor) -> int:
+    flat = parameter.detach().reshape(-1)
+    if not flat.is_floating_point():
+        return int(flat.sum())
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    return int(flat.view(bits).sum(dtype=torch.int64))
 
 
 def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
@@ -174,9 +200,12 @@ class _Injection:
             self._boundary(self.model.get_submodule(name), ShardedLayer)
         base = self.model.get_submodule(self.facts.base)
         base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
+        for child in base.children():
+            if isinstance(child, nn.Dropout):  # the embedding's
+                self._boundary(child, TokenwiseModule)
         self._boundary(base, ShardedModel)
-        if self.facts.head is not None and base is not self.model:
-            self._boundary(self.model, ShardedHeadModel)
+        if base is not self.model:
+            self._boundary(self.model, ShardedTopModel)
 
     def _boundary(self, module: nn.Module, mixin: type) -> None:
         module.seqpar = self.state  # type: ignore[assignment]

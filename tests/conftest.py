@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-# ruff: noqa: E402
 # The same tests run over NCCL where there are GPUs.
 if os.environ.setdefault("DS_SEQPAR_TEST_DEVICE", "cpu") == "cuda":
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not start CUDA before the fork

@@ -138,3 +138,24 @@ def test_what_was_saved_before_survives_a_save_that_fails(tmp_path: Path, monkey
     with pytest.raises(RankError, match="No space left on device"):
         run_ranks(2, _save_into, str(folder))
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_other_files_in_the_folder_stay_and_old_weights_go(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    (folder / "global_step10").mkdir(parents=True)
+    (folder / "global_step10" / "state.pt").write_text("kept")
+    (folder / "model-00001-of-00002.safetensors").write_text("of an older checkpoint")
+    run_ranks(2, _save_into, str(folder))
+    assert (folder / "global_step10" / "state.pt").read_text() == "kept"
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_a_replacement_that_was_cut_off_is_ended_by_the_next(tmp_path: Path) -> None:
+    before = tmp_path / ".checkpoint.before"
+    before.mkdir()
+    (before / "notes.txt").write_text("kept")
+    run_ranks(2, _save_into, str(tmp_path / "checkpoint"))
+    assert (tmp_path / "checkpoint" / "notes.txt").read_text() == "kept"
+    assert not before.exists()

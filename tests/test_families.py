@@ -18,7 +18,7 @@ def _worst(results: list[dict[str, float]]) -> dict[str, float]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_gradient_equals_the_unsharded_models(family: str) -> None:
-    errors = _worst(run_ranks(2, compare_sgd, family, 2, 1))
+    errors = _worst(run_ranks(2, compare_sgd, family, 2, 3))  # ZeRO-3's hooks see the most of a model's own code
     bad = {name: error for name, error in errors.items() if not error <= 1e-5}
     assert not bad, f"relative errors above 1e-5: {bad}"
 

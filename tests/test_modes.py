@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -184,3 +185,103 @@ def test_code_that_leaves_the_fast_path_stays_exact(which: str) -> None:
     results = run_ranks(2, _odd_code, which)
     assert results[0]
     _assert_exact(results)
+
+
+def _auxiliary(stage: int, which: str) -> dict[str, float]:
+    """Losses over more than the logits, and more than one forward before a backward."""
+    model, reference = tiny("gpt_neox").train(), tiny("gpt_neox").train()
+    if which == "frozen up to the blocks":
+        for each in (model, reference):
+            for name, parameter in each.named_parameters():
+                parameter.requires_grad = "query_key_value" in name or "dense" in name
+    engine = engine_for(
+        model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0), {"tp_size": 2}, stage, 2, 1
+    )
+    before = {n: p.detach().cpu().clone() for n, p in reference.named_parameters()}
+    first, second = batches(2, 2)
+
+    def loss_of(each: Any) -> torch.Tensor:
+        if which == "hidden states":
+            output = each(**first, output_hidden_states=True)
+            return output.loss + output.hidden_states[-1].pow(2).mean() + output.hidden_states[1].pow(2).mean()  # type: ignore[no-any-return]
+        if which == "two forwards":
+            return each(**first).loss + 0.5 * each(**second).loss  # type: ignore[no-any-return]
+        return each(**first).loss  # type: ignore[no-any-return]
+
+    engine.backward(loss_of(engine))
+    engine.step()
+    loss_of(reference).backward()
+    after = ds_seqpar.full_state_dict(engine)
+    if dist.get_rank():
+        return {}
+    return {
+        n: float((before[n] - after[n] - p.grad.cpu()).norm() / p.grad.cpu().norm()) - 4e-5
+        for n, p in reference.named_parameters()
+        if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("which", ["hidden states", "two forwards", "frozen up to the blocks"])
+def test_losses_over_more_than_one_forwards_logits(stage: int, which: str) -> None:
+    results = run_ranks(2, _auxiliary, stage, which)
+    assert results[0]
+    _assert_exact(results)
+
+
+def _misuse() -> dict[str, str]:
+    model = tiny("llama").train()
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, 1, 2, 1)
+    batch = batches(1, 2)[0]
+    said = {}
+
+    def expect(name: str, error: type[Exception], act: Any) -> None:
+        with pytest.raises(error) as caught:
+            act()
+        said[name] = str(caught.value)
+
+    expect("copy", ds_seqpar.SeqParError, lambda: copy.deepcopy(engine.module))
+    expect("resize", ds_seqpar.PlanError, lambda: engine.module.resize_token_embeddings(110))
+    bad = {**batch, "input_ids": batch["input_ids"] + 100}
+    expect("ids", IndexError, lambda: engine(**bad))
+    output = engine(**batch)
+    engine.backward(output.loss)
+    engine.step()
+    expect("late logits", ds_seqpar.SeqParError, lambda: output.logits.argmax(-1))
+    output = engine(**batch)
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.detach()
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            return 2 * dy
+
+    expect("below Python", ds_seqpar.SeqParError, lambda: Doubled.apply(output.logits).sum().backward())
+    return said
+
+
+def test_misuse_that_would_be_silent_is_an_error() -> None:
+    for said in run_ranks(2, _misuse):
+        assert len(said) == 5
+        assert "checkpoint" in said["copy"]
+        assert "before deepspeed.initialize" in said["resize"]
+        assert "outside the vocabulary of 101" in said["ids"]
+        assert "before the step" in said["late logits"]
+        assert "materialise" in said["below Python"]
+
+
+def _built_apart() -> str:
+    model = tiny("llama", seed=dist.get_rank())
+    with pytest.raises(ds_seqpar.PlanError) as caught:
+        engine_for(model, None, {"tp_size": 2}, 1, 1, 1)
+    assert model.lm_head.weight.shape[0] == 101, "nothing was touched"
+    return str(caught.value)
+
+
+def test_models_that_differ_between_ranks_are_refused() -> None:
+    for said in run_ranks(2, _built_apart):
+        assert "embed_tokens.weight differs" in said
+        assert "seed" in said

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..engine import gathered, whole_parameter
@@ -16,6 +17,9 @@ from ..hf import write_checkpoint
 from ..layers.region import ShardingState
 
 __all__ = ["full_state_dict", "save_pretrained"]
+
+WEIGHT_FILES = ("model*.safetensors", "model*.index.json", "pytorch_model*.bin", "pytorch_model*.index.json")
+"""What an older checkpoint in the same folder must not leave behind: it would be loaded with the new one."""
 
 
 def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
@@ -42,7 +46,8 @@ def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
 def save_pretrained(engine_or_model: Any, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
     """Writes an ordinary Hugging Face checkpoint: config, weights as safetensors, tokenizer if given. Call it on all ranks.
 
-    Written aside and renamed when complete; what `folder` held before is replaced only then.
+    Written aside and renamed when complete; a checkpoint that `folder` held before is replaced only then, and other files
+    in it stay.
 
     Raises:
         CheckpointError: on every rank, if the folder cannot be written.
@@ -54,7 +59,7 @@ def save_pretrained(engine_or_model: Any, folder: str | os.PathLike[str], tokeni
     if dist.get_rank() == 0:
         try:
             _write_aside(model, target, weights, tokenizer)
-        except OSError as problem:
+        except (OSError, SafetensorError, RuntimeError, ValueError) as problem:
             error[0] = f"{target}: {problem}"
     dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
@@ -63,17 +68,27 @@ def save_pretrained(engine_or_model: Any, folder: str | os.PathLike[str], tokeni
 
 def _write_aside(model: nn.Module, target: Path, weights: dict[str, Tensor], tokenizer: Any) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.partial")
+    aside, before = (target.with_name(f".{target.name}.{word}") for word in ("partial", "before"))
+    _recover(target, before)
     shutil.rmtree(aside, ignore_errors=True)
     write_checkpoint(model, aside, weights, tokenizer)
     if target.exists():
-        before = target.with_name(f".{target.name}.before")
-        shutil.rmtree(before, ignore_errors=True)
         target.rename(before)
-        aside.rename(target)
-        shutil.rmtree(before)
-    else:
-        aside.rename(target)
+    aside.rename(target)
+    _recover(target, before)
+
+
+def _recover(target: Path, before: Path) -> None:
+    """Ends a replacement: the old folder comes back if there is no new one, otherwise its other files move over."""
+    if not before.exists():
+        return
+    if not target.exists():
+        before.rename(target)
+        return
+    for entry in before.iterdir():
+        if not (target / entry.name).exists() and not any(entry.match(pattern) for pattern in WEIGHT_FILES):
+            entry.rename(target / entry.name)
+    shutil.rmtree(before)
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:

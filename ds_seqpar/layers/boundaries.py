@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import CheckpointError, PlanError, SeqParError
-from .handles import GatheredInput, Handle, ShardedLogits, TokenShard
+from .handles import GatheredInput, Handle, TokenShard
 from .random import seed_of_state
 from .region import ShardingState, TokenRegion
 
-__all__ = ["ShardedBlock", "ShardedHeadModel", "ShardedLayer", "ShardedModel", "TokenwiseModule", "become"]
+__all__ = ["ShardedBlock", "ShardedLayer", "ShardedModel", "ShardedTopModel", "TokenwiseModule", "become"]
+
+
+Path = tuple[Any, ...]
 
 
 @functools.cache
@@ -107,12 +110,12 @@ class ShardedBlock:
             )
         handle = GatheredInput(local, region, state)
         drops_heads = not region.cut and self.training and state.groups.tp_size > 1  # type: ignore[attr-defined]
-        outer, state.in_block = state.in_block, True
+        outer, state.in_block, state.block_forked = state.in_block, True, drops_heads
         try:
             with state.random.fork(seed_of_state(), per_rank=True) if drops_heads else nullcontext():
                 output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
         finally:
-            state.in_block = outer
+            state.in_block, state.block_forked = outer, False
         for unused in handle.unused():
             self._ungroup(unused)
         return output
@@ -166,6 +169,12 @@ class _Guarded:
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the vocabulary is already cut."""
+        raise PlanError(
+            "resize_token_embeddings must come before the model is sharded: call it before deepspeed.initialize"
+        )
+
     @contextmanager
     def _guarded(self, args: Any, kwargs: Any) -> Iterator[int]:
         state = self.seqpar
@@ -184,24 +193,23 @@ class ShardedModel(_Guarded):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the Hugging Face model; hidden states come back as handles that become real when they are used."""
-        self._refuse_attentions(kwargs)
         state = self.seqpar
-        region = state.region_for(*self._batch_and_seq(args, kwargs))
         state.partial.arm()
-        with self._guarded(args, kwargs) as seed, state.within(region):
+        with self._guarded(args, kwargs) as seed:
+            self._refuse_attentions(kwargs)
+            region = state.region_for(*self._batch_and_seq(args, kwargs))
             fork = state.random.fork(seed, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
-            with fork:
+            with state.within(region), fork:
                 output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if not region.cut:
             return output
         local = region.local_shape(self.hidden_size)  # type: ignore[attr-defined]
-        is_shard = lambda x: isinstance(x, Tensor) and not isinstance(x, Handle) and tuple(x.shape) == local  # noqa: E731
-        return _map(output, is_shard, lambda x: TokenShard(x, region, state))
+        return _map(output, lambda _, x: TokenShard(x, region, state) if tuple(x.shape) == local else x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The Hugging Face forward; handles leave as the shards they hold, for the hooks."""
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return _map(output, lambda x: isinstance(x, TokenShard), lambda x: x.local())
+        return _map(output, lambda _, x: x.local() if isinstance(x, TokenShard) else x)
 
     def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int]:
         names = [name for name in inspect.signature(self.forward).parameters if name != "self"]
@@ -220,37 +228,29 @@ class ShardedModel(_Guarded):
             )
 
 
-class ShardedHeadModel(_Guarded):
-    """The model with its language-model head: shows `logits` as a ShardedLogits handle."""
+class ShardedTopModel(_Guarded):
+    """What the user calls, around the base model: shows `logits` (and hidden states) as handles."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the Hugging Face model; `outputs.logits` becomes real when it is used."""
         with self._guarded(args, kwargs):
-            self._handles: dict[str | int, ShardedLogits] = {}
+            self._handles: dict[Path, Handle] = {}
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         handles, self._handles = self._handles, {}
-
-        def logits(key: str | int, source: Any) -> Any:
-            handle = handles.get(key)
-            return (
-                source
-                if handle is None
-                else ShardedLogits(source, handle.region, handle.head, handle.transforms, handle.dtype)
-            )
-
-        return _map_entries(output, logits)
+        return _map(output, lambda path, x: handles[path].over(x) if path in handles else x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The Hugging Face forward; logits leave as the hidden shard they are made of, for the hooks."""
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        """The Hugging Face forward; handles leave as the tensors they are made of, for the hooks."""
 
-        def plain(key: str | int, value: Any) -> Any:
-            if not (isinstance(value, ShardedLogits) and value.is_untouched()):
-                return value
-            self._handles[key] = value
-            return value.source
+        def plain(path: Path, x: Tensor) -> Tensor:
+            if not isinstance(x, Handle):
+                return x
+            if not x.is_untouched():
+                return x.materialise("output")
+            self._handles[path] = x
+            return x.source
 
-        return _map_entries(output, plain)
+        return _map(super().forward(*args, **kwargs), plain)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's generate, on every rank of the group; all sample alike, as the group's first rank was seeded."""
@@ -258,29 +258,16 @@ class ShardedHeadModel(_Guarded):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
-def _map_entries(output: Any, change: Callable[[str | int, Any], Any]) -> Any:
-    """`output` (tuple, list or ModelOutput) with its top entries changed; mappings are changed in place."""
-    if isinstance(output, dict):
-        for key, value in list(output.items()):
-            changed = change(key, value)
-            if changed is not value:
-                output[key] = changed
-        return output
-    if type(output) in (tuple, list):
-        return type(output)(change(i, x) for i, x in enumerate(output))
-    return output
-
-
-def _map(output: Any, chosen: Callable[[Any], bool], change: Callable[[Any], Any]) -> Any:
-    """`output` (tensor, tuple, list or ModelOutput) with the chosen tensors changed; mappings are changed in place."""
+def _map(output: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
+    """`output` (tensor, tuple, list or ModelOutput) with its tensors changed; mappings are changed in place."""
     if isinstance(output, Tensor):
-        return change(output) if chosen(output) else output
+        return change(path, output)
     if isinstance(output, dict):
         for key, value in list(output.items()):
-            changed = _map(value, chosen, change)
+            changed = _map(value, change, (*path, key))
             if changed is not value:
                 output[key] = changed
         return output
     if type(output) in (tuple, list):
-        return type(output)(_map(x, chosen, change) for x in output)
+        return type(output)(_map(x, change, (*path, i)) for i, x in enumerate(output))
     return output

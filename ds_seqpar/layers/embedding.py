@@ -41,6 +41,11 @@ class VocabParallelEmbedding(nn.Embedding):
         region = state.region
         if region is None or input.shape != (region.batch, region.seq):
             region = TokenRegion(1, input.numel(), False, state.groups)
+        allowed = ((input >= 0) & (input < self.num_embeddings)).all()
+        if input.device.type == "cpu" and not allowed:
+            bad = input[(input < 0) | (input >= self.num_embeddings)]
+            raise IndexError(f"input id {int(bad[0])} is outside the vocabulary of {self.num_embeddings}")
+        torch._assert_async(allowed, f"an input id is outside the vocabulary of {self.num_embeddings}")
         local_ids = input - self.vocab_start
         mine = (local_ids >= 0) & (local_ids < self.weight.shape[0])
         padding = None

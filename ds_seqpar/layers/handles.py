@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..errors import SeqParError
 from .region import ShardingState, TokenRegion
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["GatheredInput", "Handle", "ShardedLogits", "TokenShard"]
 
+_BELOW_PYTHON = (
+    "a tensor that ds_seqpar holds in parts went through an autograd function below Python, where its gradient cannot follow; "
+    "call .materialise() on it first (on all ranks of the tensor-parallel group)"
+)
 _log = logging.getLogger("ds_seqpar")
 _METADATA = {
     "size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__",
@@ -37,6 +42,7 @@ _ELEMENTWISE = {
     "mul", "__mul__", "__rmul__", "multiply", "div", "__div__", "__truediv__", "true_divide", "divide", "add", "__add__",
     "__radd__", "sub", "__sub__", "neg", "__neg__", "tanh", "to", "float", "half", "bfloat16", "contiguous",
 }  # fmt: skip
+_ARITHMETIC = _ELEMENTWISE - {"to", "float", "half", "bfloat16", "contiguous"}
 _ELEMENTWISE_ON_TOKENS = _ELEMENTWISE | {"dropout", "clone", "detach"}
 
 
@@ -57,6 +63,8 @@ def _is_in_place(name: str) -> bool:
 
 def _selects_everything(index: Any) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
+    if sum(part is not Ellipsis for part in parts) > 3:
+        return False
     return all(
         part is Ellipsis or (isinstance(part, slice) and part in (slice(None), slice(0, None))) for part in parts
     )
@@ -78,9 +86,14 @@ class Handle(torch.Tensor):
     def _make(
         cls, shape: tuple[int, ...], source: Tensor, region: TokenRegion, state: ShardingState, dtype: torch.dtype
     ) -> Any:
-        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=source.device)
+        handle = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=source.device, requires_grad=source.requires_grad
+        )
         handle.source, handle.region, handle.state, handle._full, handle._hooks = source, region, state, None, []
         handle._grad_mode = torch.is_grad_enabled()
+        if source.requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                handle.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
         return handle
 
     def _gather(self) -> Tensor:
@@ -95,6 +108,14 @@ class Handle(torch.Tensor):
 
     def _autograd(self, name: str) -> Any:
         return getattr(self.source, name)
+
+    def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether an elementwise operation keeps the parts where and what they are."""
+        return name != "to" or (set(kwargs) <= {"dtype"} and all(isinstance(x, torch.dtype) for x in args[1:]))
+
+    def over(self, source: Tensor) -> Tensor:
+        """The same handle over another version of its source, such as one that went through a hook."""
+        raise RuntimeError("a Handle subclass must say what it is over another source")
 
     def is_untouched(self) -> bool:
         """True while the parts are the truth: nobody has had the whole, or asked to see its gradient."""
@@ -136,6 +157,7 @@ class Handle(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if isinstance(first, Handle):
+            _refuse_outside_graph(first)
             if is_property and name in _AUTOGRAD_PROPERTIES:
                 return getattr(first._full, name) if first._full is not None else first._autograd(name)
             if name == "register_hook" and first._full is None:
@@ -145,11 +167,15 @@ class Handle(torch.Tensor):
             if first.is_untouched():
                 if name == "__getitem__" and _selects_everything(args[1]):
                     return first
-                if name in first._elementwise and _acts_on_one(args, kwargs):
-                    return first._acted_on(lambda x: func(x, *args[1:], **kwargs))
-        if name in _ELEMENTWISE and len(args) == 2 and isinstance(args[1], Handle) and _acts_on_one(args[::-1], kwargs):
-            if args[1].is_untouched():  # a 0-dim tensor or a number stands on the left
-                return args[1]._acted_on(lambda x: func(args[0], x, **kwargs))
+                if name == "to" and _names_own_device(first, args, kwargs):
+                    return first
+                if name in first._elementwise and _acts_on_one(args, kwargs) and first._may_act(name, args, kwargs):
+                    rest, options = tree_map(_frozen, (args[1:], kwargs))
+                    return first._acted_on(lambda x: func(x, *rest, **options))
+        if name in _ARITHMETIC and len(args) == 2 and isinstance(args[1], Handle) and _acts_on_one(args[::-1], kwargs):
+            if args[1].is_untouched() and name in args[1]._elementwise:  # a 0-dim tensor or a number stands on the left
+                left = _frozen(first)
+                return args[1]._acted_on(lambda x: func(left, x, **kwargs))
         return _call_on_real(func, name, args, kwargs)
 
 
@@ -162,8 +188,35 @@ class _RemovableHook:
 
 def _acts_on_one(args: Any, kwargs: dict[str, Any]) -> bool:
     """True if nothing but the first argument is a tensor with dimensions, so that acting on parts is acting on the whole."""
-    rest = [*args[1:], *kwargs.values()]
-    return "out" not in kwargs and not any(isinstance(x, Tensor) and x.dim() > 0 for x in rest)
+    tensors = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
+    return "out" not in kwargs and not any(x.dim() > 0 or x.requires_grad for x in tensors)
+
+
+def _frozen(x: Any) -> Any:
+    """A 0-dim tensor's value now: what acts on the parts later must not see it change."""
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def _names_own_device(handle: Handle, args: Any, kwargs: dict[str, Any]) -> bool:
+    """True for `handle.to(device)` that would change nothing."""
+    return (
+        not kwargs
+        and len(args) == 2
+        and isinstance(args[1], str | torch.device)
+        and torch.device(args[1]) == handle.device
+    )
+
+
+def _refuse_outside_graph(handle: Handle) -> None:
+    """A C++ autograd function that took a handle made a graph past its parts; gradients through it would be lost."""
+    with torch._C.DisableTorchFunctionSubclass():
+        foreign = handle.grad_fn
+    if foreign is not None:
+        raise SeqParError(_BELOW_PYTHON)
+
+
+def _refuse_gradient(grad: Tensor) -> None:
+    raise SeqParError(_BELOW_PYTHON)
 
 
 def _call_on_real(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -194,6 +247,13 @@ class TokenShard(Handle):
         shape = (region.batch, region.seq, source.shape[-1])
         return cls._make(shape, source, region, state, source.dtype)  # type: ignore[no-any-return]
 
+    def over(self, source: Tensor) -> Tensor:
+        return TokenShard(source, self.region, self.state)
+
+    def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+        # Outside a forward the ranks' generators run alike, and would give every rank's rows the same mask.
+        return super()._may_act(name, args, kwargs) and not (name == "dropout" and self.state.region is None)
+
     def _gather(self) -> Tensor:
         return self.region.full_for_replicated(self.source)
 
@@ -215,6 +275,7 @@ class GatheredInput(Handle):
     _elementwise: set[str] = set()
     _allows_in_place = False
     _outputs: dict[int, Tensor]
+    _version_gathered: int
 
     def __new__(cls, source: Tensor, region: TokenRegion, state: ShardingState) -> GatheredInput:
         """`source` in `region.local_shape`."""
@@ -224,12 +285,16 @@ class GatheredInput(Handle):
         return handle  # type: ignore[no-any-return]
 
     def _gather(self) -> Tensor:
-        return self.region.full_for_partial(self.source)
+        full = self.region.full_for_partial(self.source)
+        self._version_gathered = full._version
+        return full
 
     def column(self, linear: ColumnParallelLinear) -> Tensor:
         """Output [b, s, out/t] of one column-parallel linear; its siblings' come from the same gather."""
         from .linear import column_parallel
 
+        if self._full is not None and self._full._version != self._version_gathered:
+            raise SeqParError("a block's input was changed in place; let the model code clone() it first")
         if id(linear) not in self._outputs:
             members = [linear, *(m for m in linear.siblings if m is not linear and id(m) not in self._outputs)]
             outputs = column_parallel(self.source, self.region, members)
@@ -249,6 +314,10 @@ class ShardedLogits(Handle):
 
     head: VocabParallelHead
     transforms: tuple[Callable[[Tensor], Tensor], ...]
+    generation: int
+
+    def over(self, source: Tensor) -> Tensor:
+        return ShardedLogits(source, self.region, self.head, self.transforms, self.dtype)
 
     def __new__(
         cls,
@@ -261,16 +330,23 @@ class ShardedLogits(Handle):
         """`source` in `region.local_shape`; `dtype` of the logits if a transform changed it."""
         shape = (region.batch, region.seq, head.vocab_size)
         handle = cls._make(shape, source, region, head.seqpar, dtype or source.dtype)
-        handle.head, handle.transforms = head, transforms
+        handle.head, handle.transforms, handle.generation = head, transforms, head.seqpar.generation
         return handle  # type: ignore[no-any-return]
 
     def _autograd(self, name: str) -> Any:
         """A head that is trained alone gives logits a gradient that their source does not have."""
         if self.source.requires_grad or not (self._grad_mode and self.head.weight.requires_grad):
             return getattr(self.source, name)
-        return getattr(self.materialise(name), name)
+        # Some node of the graph, not None: enough for those who ask whether there is one, without gathering anything.
+        if name == "grad_fn":
+            return torch.autograd.graph.get_gradient_edge(self.head.weight).node
+        return name == "requires_grad"
 
     def _gather(self) -> Tensor:
+        if self.generation != self.state.generation:
+            raise SeqParError(
+                "outputs.logits were first read after engine.step() changed the weights; read them before the step"
+            )
         logits = self.head.gathered_logits(self.source, self.region)
         for transform in self.transforms:
             logits = transform(logits)

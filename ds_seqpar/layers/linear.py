@@ -5,7 +5,7 @@ Legend: b batch, s sequence, T = b*s tokens, t tp_size, c = ceil(T/t), h hidden,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,10 @@ def column_parallel(local: Tensor, region: TokenRegion, members: Sequence[nn.Lin
     return [out.view(region.batch, region.seq, -1) for out in outputs]
 
 
+def _users_own(hooks: Mapping[int, Callable[..., Any]]) -> list[Callable[..., Any]]:
+    return [hook for hook in hooks.values() if not getattr(hook, "__module__", "").startswith("deepspeed.")]
+
+
 class ColumnParallelLinear(nn.Linear):
     """This rank's rows of a linear's weight; the block's input is gathered once for it and its siblings.
 
@@ -125,8 +129,26 @@ class ColumnParallelLinear(nn.Linear):
     seqpar: ShardingState
     siblings: tuple[ColumnParallelLinear, ...] = ()
 
+    def __call__(self, input: Tensor) -> Tensor:
+        """[b, s, in] or its handle -> [b, s, out_r].
+
+        With a handle, DeepSpeed's hooks are left out: the block fetches and releases this weight with its siblings'. Other
+        hooks run; they see the handle.
+        """
+        if not isinstance(input, GatheredInput):
+            return super().__call__(input)  # type: ignore[no-any-return]
+        for pre_hook in _users_own(self._forward_pre_hooks):
+            changed = pre_hook(self, (input,))
+            if changed is not None:
+                (input,) = changed if isinstance(changed, tuple) else (changed,)
+        output = self.forward(input)
+        for hook in _users_own(self._forward_hooks):
+            changed = hook(self, (input,), output)
+            output = output if changed is None else changed
+        return output
+
     def forward(self, input: Tensor) -> Tensor:
-        """[b, s, in] or its handle -> [b, s, out_r]."""
+        """As `__call__`, below the hooks."""
         if isinstance(input, GatheredInput):
             return input.column(self)
         tokens, state = input.numel() // input.shape[-1], self.seqpar
@@ -165,7 +187,8 @@ class RowParallelLinear(nn.Linear):
         assert x is not None and weight is not None
         with torch.autocast(x.device.type, enabled=False):
             output: Tensor = _RowParallel.apply(x.reshape(region.tokens, -1), weight, region)  # type: ignore[no-untyped-call]
-        if not region.cut:
+        if not region.cut and self.seqpar.block_forked:
+            self.seqpar.block_forked = False
             self.seqpar.random.leave()  # what follows is equal on every rank again
         output = output if bias is None else output + bias
         return output.view(region.local_shape(output.shape[-1]) if region.cut else (*input.shape[:-1], -1))

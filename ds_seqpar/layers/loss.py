@@ -106,13 +106,14 @@ def _chunk_loss(logits: Tensor, targets: Tensor, options: _Options, wants_grad: 
             z = leaf
             for transform in options.transforms:
                 z = transform(z)
-    values = z.detach().to(torch.promote_types(z.dtype, torch.float32))
+    # Changed in place below: a copy where a transform's backward may need its output, else the logits themselves will do.
+    values = z.detach().to(torch.promote_types(z.dtype, torch.float32), copy=bool(options.transforms))
     top = all_reduce(values.max(dim=-1).values, group, dist.ReduceOp.MAX)
-    exps = (values - top.unsqueeze(-1)).exp_()
     local = targets - options.vocab_start
     mine = (local >= 0) & (local < values.shape[-1])
     local = torch.where(mine, local, 0).unsqueeze(-1)
     at_target = values.gather(-1, local).squeeze(-1) * mine
+    exps = values.sub_(top.unsqueeze(-1)).exp_()
     sums, at_target = all_reduce(torch.stack([exps.sum(-1), at_target]), group).unbind(0)
     counted = targets != options.ignore_index
     losses = torch.where(counted, sums.log() + top - at_target, 0.0).sum()
@@ -196,15 +197,16 @@ class CausalLMLoss:
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch,
                 ignore_index=ignore_index, shift_labels=shift_labels, **kwargs,
             )  # fmt: skip
-        total, counted = logits.head.loss(
-            logits.source,
-            logits.region,
-            targets.reshape(-1).to(logits.source.device),
-            vocab_size=vocab_size,
-            chunk_tokens=logits.state.loss_chunk_tokens,
-            ignore_index=ignore_index,
-            transforms=logits.transforms,
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and logits._grad_mode):
+            total, counted = logits.head.loss(
+                logits.source,
+                logits.region,
+                targets.reshape(-1).to(logits.source.device),
+                vocab_size=vocab_size,
+                chunk_tokens=logits.state.loss_chunk_tokens,
+                ignore_index=ignore_index,
+                transforms=logits.transforms,
+            )
         if num_items_in_batch is None:
             return total / counted
         if isinstance(num_items_in_batch, Tensor):

@@ -32,7 +32,6 @@ class ParallelRandom:
 
     def __init__(self, groups: ParallelGroups) -> None:
         self._groups = groups
-        self._on_gpu = dist.get_backend(groups.tp_group) == "nccl"
         self._saved: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
 
     @contextmanager
@@ -57,7 +56,7 @@ class ParallelRandom:
         state = torch.get_rng_state()
         dist.broadcast(state, source, group=self._groups.tp_cpu_group)
         torch.set_rng_state(state)
-        if self._on_gpu:
+        if torch.cuda.is_initialized():
             state = torch.cuda.get_rng_state()
             dist.broadcast(state, source, group=self._groups.tp_cpu_group)
             torch.cuda.set_rng_state(state)
@@ -69,17 +68,17 @@ class ParallelRandom:
         outside, begun = self._saved.pop()
         drew = not all(torch.equal(a, b) for a, b in zip(self._states(), begun, strict=True))
         torch.set_rng_state(outside[0])
-        if self._on_gpu:
+        if len(outside) > 1:
             torch.cuda.set_rng_state(outside[1])
         if drew:
             torch.rand(())  # the next fork must not start from the same state
 
     def _states(self) -> list[torch.Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self._on_gpu else [])]
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
 
     def _enter(self, seed: int) -> None:
         outside = self._states()
         torch.default_generator.manual_seed(seed)
-        if self._on_gpu:
+        if len(outside) > 1:
             torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
         self._saved.append((outside, self._states()))

@@ -22,6 +22,7 @@ from ..comm.regions import (
     scatter,
 )
 from ..comm.tokens import rows_per_rank
+from ..errors import SeqParError
 from ..groups import ParallelGroups
 from .guard import InputGuard
 from .partial import PartialGradients
@@ -101,10 +102,15 @@ class ShardingState:
     guarded_seed: int | None = None
     region: TokenRegion | None = None
     in_block: bool = False
+    block_forked: bool = False  # the running block opened a random stream of its own
+    generation: int = 0  # how often the weights have changed
     materialised: Counter[str] = field(default_factory=Counter)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ShardingState:
-        return self  # a copied module belongs to the same groups
+        raise SeqParError(
+            "a sharded model cannot be copied: gradient hooks and tags would stay behind; build the second model from the "
+            "checkpoint and shard it too"
+        )
 
     def region_for(self, batch: int, seq: int) -> TokenRegion:
         """The region of a forward over [b, s] tokens.

@@ -25,6 +25,7 @@ def _streams() -> dict[str, float]:
         draws["together"] = float(torch.rand(()))
     torch.manual_seed(7)
     with state.random.fork(11, per_rank=True), torch.no_grad():
+        state.block_forked = True  # as a block does that opened the fork
         row = model.model.layers[0].mlp.down_proj
         row(torch.ones(1, 3, row.in_features, device=device()))
         draws["after the row"] = float(torch.rand(()))
