@@ -40,6 +40,7 @@ def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
             whole[name] = by_identity[id(parameter)]
     if keep:
         whole.update({name: tensor.detach().cpu() for name, tensor in _saved_buffers(model).items()})
+    dist.barrier()  # a rank that holds nothing must not leave, or exit, while the others still gather from it
     return whole
 
 
