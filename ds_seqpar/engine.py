@@ -1,7 +1,9 @@
 """The seam to DeepSpeed: reads the key, shards the model, hands over to DeepSpeed's own tensor-parallel switch.
 
 The only file that imports deepspeed. Beside its documented names it takes load_ds_config and GRADIENT_CLIPPING_DEFAULT from
-their modules, and counts on `initialize` building a DeepSpeedEngine with keyword arguments. Private names it relies on, each held by a contract test:
+their modules, and counts on `initialize` building a DeepSpeedEngine with keyword arguments.
+
+Private names it relies on, each held by a contract test:
 `groups._init_tp_mesh_device`, `groups._TENSOR_MODEL_PARALLEL_GROUP`, `model.ds_autotp_parsed`, `parameter.tensor_model_parallel`,
 `parameter.ds_is_replaced_module` with `gather_params` and `_tp_partition`, `engine.first_dataloader_check`,
 `engine._config.train_batch_size`, `engine.tput_timer.batch_size`.
