@@ -109,8 +109,13 @@ def column_parallel(local: Tensor, region: TokenRegion, members: Sequence[nn.Lin
     return [out.view(region.batch, region.seq, -1) for out in outputs]
 
 
-def _users_own(hooks: Mapping[int, Callable[..., Any]]) -> list[Callable[..., Any]]:
-    return [hook for hook in hooks.values() if not getattr(hook, "__module__", "").startswith("deepspeed.")]
+def _users_own(
+    hooks: Mapping[int, Callable[..., Any]], with_kwargs: Mapping[int, bool]
+) -> list[tuple[Callable[..., Any], bool]]:
+    """(hook, takes keyword arguments) of every hook that is not DeepSpeed's."""
+    return [
+        (h, n in with_kwargs) for n, h in hooks.items() if not getattr(h, "__module__", "").startswith("deepspeed.")
+    ]
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -137,13 +142,14 @@ class ColumnParallelLinear(nn.Linear):
         """
         if not isinstance(input, GatheredInput):
             return super().__call__(input)  # type: ignore[no-any-return]
-        for pre_hook in _users_own(self._forward_pre_hooks):
-            changed = pre_hook(self, (input,))
+        for hook, takes_kwargs in _users_own(self._forward_pre_hooks, self._forward_pre_hooks_with_kwargs):
+            changed = hook(self, (input,), {}) if takes_kwargs else hook(self, (input,))
+            changed = changed[0] if takes_kwargs and changed is not None else changed
             if changed is not None:
                 (input,) = changed if isinstance(changed, tuple) else (changed,)
         output = self.forward(input)
-        for hook in _users_own(self._forward_hooks):
-            changed = hook(self, (input,), output)
+        for hook, takes_kwargs in _users_own(self._forward_hooks, self._forward_hooks_with_kwargs):
+            changed = hook(self, (input,), {}, output) if takes_kwargs else hook(self, (input,), output)
             output = output if changed is None else changed
         return output
 

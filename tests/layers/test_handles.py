@@ -511,3 +511,19 @@ def _below_python() -> None:
 
 def test_a_handle_below_python_is_an_error_that_says_what_to_do() -> None:
     run_ranks(2, _below_python, timeout=60)
+
+
+def _hooks_on_a_column_linear() -> dict[str, bool]:
+    model, _ = twins()
+    projection, seen = model.model.layers[0].self_attn.k_proj, []
+    projection.register_forward_pre_hook(lambda module, args: seen.append("pre"))
+    projection.register_forward_hook(lambda module, args, kwargs, output: seen.append("kwargs"), with_kwargs=True)
+    projection.register_forward_hook(lambda module, args, output: output * 0)
+    batch = batches(1, 2)[0]
+    zeroed = model(**batch).loss
+    return {"called": seen == ["pre", "kwargs"], "changed": not torch.equal(zeroed, twins()[0](**batch).loss)}
+
+
+def test_a_users_hooks_on_a_column_parallel_linear_run() -> None:
+    for result in run_ranks(2, _hooks_on_a_column_linear):
+        assert all(result.values()), result
