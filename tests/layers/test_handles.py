@@ -527,3 +527,20 @@ def _hooks_on_a_column_linear() -> dict[str, bool]:
 def test_a_users_hooks_on_a_column_parallel_linear_run() -> None:
     for result in run_ranks(2, _hooks_on_a_column_linear):
         assert all(result.values()), result
+
+
+def _learnable_temperature() -> float:
+    model, reference = twins()
+    batch = batches(1, 2)[0]
+    gradients = []
+    for each in (model, reference):
+        temperature = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+        logits = each(input_ids=batch["input_ids"]).logits * temperature
+        each.loss_function(logits=logits, labels=batch["labels"], vocab_size=101).backward()
+        assert temperature.grad is not None
+        gradients.append(float(temperature.grad))
+    return abs(gradients[0] / gradients[1] - 1)
+
+
+def test_a_learnable_scalar_on_the_logits_gets_its_whole_gradient() -> None:
+    assert max(run_ranks(2, _learnable_temperature)) < 1e-5
