@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ds_seqpar
 
-__all__ = ["compare_adamw", "compare_sgd", "engine_for", "fresh_groups", "replicas_equal"]
+__all__ = ["change_errors", "compare_adamw", "compare_sgd", "engine_for", "fresh_groups", "replicas_equal"]
 
 
 def fresh_groups() -> None:
@@ -84,15 +84,25 @@ def compare_sgd(
     optimizer.step()
     after = ds_seqpar.full_state_dict(engine)
     if dist.get_rank() == 0:
-        for name, parameter in reference.named_parameters():
-            change = parameter.detach().cpu() - before[name]
-            error = float(((after[name] - before[name]) - change).norm() / change.norm().clamp_min(1e-12))
-            # Both runs store weight + change in fp32: the two stored values may differ by one ulp of the weight, which is much
-            # of a small change. That share is rounding alone; at most 4e-5 is granted for it.
-            rounding = torch.finfo(torch.float32).eps * float(before[name].norm() / change.norm().clamp_min(1e-12))
-            errors[name] = error - min(rounding, 4e-5)
+        errors |= change_errors(
+            before, after, {n: p.detach().cpu() - before[n] for n, p in reference.named_parameters()}
+        )
     errors["replicas"] = 0.0 if replicas_equal(engine, ()) else 1.0
     engine.destroy()
+    return errors
+
+
+def change_errors(before: dict[str, Tensor], after: dict[str, Tensor], changes: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of each weight's change against `changes` (CPU), beyond rounding.
+
+    Both runs store weight + change in fp32: the two stored values may differ by one ulp of the weight, which is much of a
+    small change. That share is rounding alone; at most 4e-5 is granted for it.
+    """
+    errors = {}
+    for name, change in changes.items():
+        size = change.norm().clamp_min(1e-12)
+        rounding = torch.finfo(torch.float32).eps * float(before[name].norm() / size)
+        errors[name] = float(((after[name] - before[name]) - change).norm() / size) - min(rounding, 4e-5)
     return errors
 
 
