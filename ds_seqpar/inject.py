@@ -14,18 +14,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checkpoint.gathering import part_of
+from .comm.exchange import Exchange
 from .config import Overlap, Recompute, SeqParConfig
 from .errors import PlanError
 from .families import TESTED, family
 from .groups import ParallelGroups
+from .kernels.gating import known_activation
 from .layers.boundaries import ShardedBlock, ShardedLayer, ShardedModel, ShardedTopModel, TokenwiseModule, become
 from .layers.embedding import VocabParallelEmbedding
+from .layers.gating import DeferredActivation
 from .layers.guard import InputGuard
 from .layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
-from .layers.norm import CutRMSNorm
+from .layers.norm import CutRMSNorm, FusedRMSNorm, rms_norm_epsilon
 from .layers.partial import PartialGradients
 from .layers.random import ParallelRandom
 from .layers.region import ShardingState
+from .layers.rotary import fuse_rotary
 from .layers.tokenwise import is_tokenwise
 from .plan.cuts import Cut, Kind
 from .plan.facts import ModelFacts
@@ -57,7 +61,7 @@ def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: Pa
     state = ShardingState(
         groups=groups,
         sequence_parallel=config.sequence_parallel,
-        overlap=config.overlap is Overlap.AUTO,
+        exchange=Exchange(groups.tp_group, groups.tp_cpu_group, config.overlap is Overlap.AUTO),
         recompute_mlp=config.recompute is Recompute.SELECTIVE,
         loss_chunk_tokens=config.loss_chunk_tokens,
         partial=PartialGradients(groups.tp_group),
@@ -198,6 +202,7 @@ class _Injection:
             self._block(block)
         for name in self.plan.layers:
             self._boundary(self.model.get_submodule(name), ShardedLayer)
+        self._fuse_norms()
         base = self.model.get_submodule(self.facts.base)
         base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
         for child in base.children():
@@ -206,6 +211,20 @@ class _Injection:
         self._boundary(base, ShardedModel)
         if base is not self.model:
             self._boundary(self.model, ShardedTopModel)
+
+    def _fuse_norms(self) -> None:
+        for module in self.model.get_submodule(self.facts.base).modules():
+            eps = rms_norm_epsilon(module)
+            if eps is not None:
+                module.fused_eps = eps  # type: ignore[assignment]
+                become(module, FusedRMSNorm)
+
+    def _defer_activation(self, block: nn.Module) -> None:
+        for child in block.children():
+            act = None if list(child.parameters()) or not callable(child) else _known_activation(child)
+            if act is not None and not isinstance(child, DeferredActivation):
+                child.act_name = act  # type: ignore[assignment]
+                self._boundary(child, DeferredActivation)
 
     def _boundary(self, module: nn.Module, mixin: type) -> None:
         module.seqpar = self.state  # type: ignore[assignment]
@@ -294,6 +313,10 @@ class _Injection:
         module.input_name = _first_argument(module)  # type: ignore[assignment]
         module.recomputable = not block.has_heads  # type: ignore[assignment]
         self._local_counts(block, module)
+        if block.has_heads:
+            fuse_rotary(type(module).__module__)
+        else:
+            self._defer_activation(module)
         self._boundary(module, ShardedBlock)
 
     def _local_counts(self, block: BlockPlan, module: nn.Module) -> None:
@@ -313,6 +336,13 @@ class _Injection:
                         setattr(module, path, counts[count])
         if through_config:
             module.config = _ConfigView(module.config, through_config)  # type: ignore[assignment]
+
+
+def _known_activation(module: nn.Module) -> str | None:
+    try:
+        return known_activation(module)
+    except (RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _first_argument(module: nn.Module) -> str:

@@ -20,7 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_seqpar.comm import exchange
+
 ON_GPU = os.environ.get("DS_SEQPAR_TEST_DEVICE") == "cuda"
+if ON_GPU:
+    exchange._LEAST_BYTES = 0  # tiny models, too, are exchanged by the copy engines
 __all__ = ["RankError", "run_ranks"]
 
 

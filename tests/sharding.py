@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 import ds_seqpar
 from ds_seqpar.checkpoint.gathering import gather_parameter
+from ds_seqpar.comm.collectives import all_gather, reduce_scatter
 
-__all__ = ["full_gradients", "relative_error", "same_loss_and_gradients", "twins"]
+__all__ = ["SplitTransport", "full_gradients", "relative_error", "same_loss_and_gradients", "twins"]
 
 
 def twins(
@@ -67,3 +68,54 @@ def same_loss_and_gradients(
     assert not bad, f"{what}: relative errors of gradients: {bad}"
     model.zero_grad()
     reference.zero_grad()
+
+
+class SplitTransport:
+    """The order of the copy engines' transport over plain collectives: own rows arrive first, and are made last."""
+
+    def __init__(self, group: Any) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.begun = self.released = 0
+
+    def rows_of(self, rank: int, tokens: int) -> slice:
+        rows = -(-tokens // self.size)
+        return slice(min(rank * rows, tokens), min((rank + 1) * rows, tokens))
+
+    def gather(self, shard: Tensor, tokens: int) -> _SplitGathering:
+        self.begun += 1
+        return _SplitGathering(self, all_gather(shard, self.group)[:tokens])
+
+    def scatter(self, tokens: int, width: int, like: Tensor) -> _SplitScattering:
+        return _SplitScattering(self, tokens, like.new_zeros((self.size * -(-tokens // self.size), width)))
+
+
+class _SplitGathering:
+    def __init__(self, by: SplitTransport, full: Tensor) -> None:
+        self.by, self.full = by, full
+
+    def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
+        for step in range(self.by.size):
+            rows = self.by.rows_of((self.by.rank + step) % self.by.size, self.full.shape[0])
+            if rows.stop > rows.start:
+                yield rows, self.full[rows]
+
+    def whole(self) -> Tensor:
+        return self.full
+
+    def release(self) -> None:
+        self.full = self.full.new_full(self.full.shape, float("nan"))  # whoever reads on gets nonsense
+        self.by.released += 1
+
+
+class _SplitScattering:
+    def __init__(self, by: SplitTransport, tokens: int, full: Tensor) -> None:
+        self.by, self.tokens, self.full = by, tokens, full
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        for step in range(1, self.by.size + 1):
+            rows = self.by.rows_of((self.by.rank + step) % self.by.size, self.tokens)
+            if rows.stop > rows.start:
+                yield rows, self.full[rows]
+
+    def wait(self) -> Tensor:
+        return reduce_scatter(self.full, self.by.group)

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import CheckpointError, PlanError, SeqParError
+from .attention import fastest_attention
 from .handles import GatheredInput, Handle, TokenShard
+from .norm import remake_of
 from .random import seed_of_state
 from .region import ShardingState, TokenRegion
+from .rotary import within_sharded_block
 
 __all__ = ["ShardedBlock", "ShardedLayer", "ShardedModel", "ShardedTopModel", "TokenwiseModule", "become"]
 
@@ -72,7 +75,7 @@ class TokenwiseModule:
                 return call(input, *args, **kwargs)  # type: ignore[no-any-return]
             if input.dim() != 3:
                 raise SeqParError(f"{type(self).__name__} takes [b, s, h] while training, not {list(input.shape)}")
-            region = TokenRegion(input.shape[0], input.shape[1], True, state.groups, state.overlap)
+            region = TokenRegion(input.shape[0], input.shape[1], True, state.groups, state.exchange)
             input = TokenShard(region.local_of_replicated(input), region, state)
         return TokenShard(call(input.local(), *args, **kwargs), input.region, state)
 
@@ -108,11 +111,13 @@ class ShardedBlock:
                 f"{type(self).__name__} was called outside a forward of its model; a recomputed layer must go through "
                 "gradient_checkpointing_enable() or the recompute field of the ds_seqpar key"
             )
-        handle = GatheredInput(local, region, state)
+        handle = GatheredInput(local, region, state, remake_of(local))
         drops_heads = not region.cut and self.training and state.groups.tp_size > 1  # type: ignore[attr-defined]
         outer, state.in_block, state.block_forked = state.in_block, True, drops_heads
         try:
-            with state.random.fork(seed_of_state(), per_rank=True) if drops_heads else nullcontext():
+            fork = state.random.fork(seed_of_state(), per_rank=True) if drops_heads else nullcontext()
+            attention = nullcontext() if self.recomputable else fastest_attention(local.device, region.seq)
+            with fork, attention, within_sharded_block():
                 output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
         finally:
             state.in_block, state.block_forked = outer, False

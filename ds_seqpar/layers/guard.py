@@ -39,10 +39,14 @@ class InputGuard:
         prints = {name: _fingerprint(x) for name, x in sorted(inputs.items())}
         mine = torch.tensor([zlib.crc32(repr(prints).encode()), seed_of_state() if seeds else 0], dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self._groups.tp_size)]
-        dist.all_gather(everyone, mine, group=self._groups.tp_cpu_group)
+        agreed = dist.all_gather(everyone, mine, group=self._groups.tp_cpu_group, async_op=True)
+        on_gpu = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.is_cuda}
+        hashes = torch.stack([_gpu_hash(x) for x in on_gpu.values()]) if on_gpu else None
+        agreed.wait()
         if any(int(theirs[0]) != int(everyone[0][0]) for theirs in everyone):
             raise DataMismatchError(self._explain(prints))
-        self._start_late({name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.is_cuda})
+        if hashes is not None:
+            self._start_late(hashes, list(on_gpu))
         return int(everyone[0][1])
 
     def _explain(self, prints: dict[str, str]) -> str:
@@ -57,18 +61,15 @@ class InputGuard:
             f"the same batch: shard the data by rank // {len(ranks)}, seed samplers and collators alike on these ranks"
         )
 
-    def _start_late(self, tensors: dict[str, Tensor]) -> None:
-        if not tensors:
-            return
-        mine = torch.stack([_gpu_hash(x) for x in tensors.values()])
-        everyone = mine.new_empty((self._groups.tp_size, len(tensors)))
+    def _start_late(self, mine: Tensor, names: list[str]) -> None:
+        everyone = mine.new_empty((self._groups.tp_size, len(names)))
         dist.all_gather(list(everyone.unbind(0)), mine, group=self._groups.tp_group)
         differs = (everyone != everyone[0]).any(0)
         host = torch.empty(differs.shape, dtype=torch.bool, pin_memory=True)
         host.copy_(differs, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        self._late = (host, done, list(tensors))
+        self._late = (host, done, names)
 
     def _check_late(self) -> None:
         if self._late is None:

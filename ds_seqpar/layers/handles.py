@@ -21,8 +21,9 @@ from .region import ShardingState, TokenRegion
 
 if TYPE_CHECKING:
     from .linear import ColumnParallelLinear, VocabParallelHead
+    from .norm import Remake
 
-__all__ = ["GatheredInput", "Handle", "ShardedLogits", "TokenShard"]
+__all__ = ["GatedActivation", "GatedProduct", "GatheredInput", "Handle", "ShardedLogits", "TokenShard"]
 
 _BELOW_PYTHON = (
     "a tensor that ds_seqpar holds in parts went through an autograd function below Python, where its gradient cannot follow; "
@@ -124,19 +125,20 @@ class Handle(torch.Tensor):
     def materialise(self, wanted_by: str = "materialise") -> Tensor:
         """The real, differentiable tensor. Collective; from then on it is the truth, also for in-place changes."""
         if self._full is None:
-            name = f"{type(self).__name__}.{wanted_by}"
-            if torch.is_grad_enabled() and not self.state.materialised[name] and self.state.groups.tp_rank == 0:
-                _log.warning(
-                    "%s was gathered whole for %s while training: right, but slower than staying sharded",
-                    *name.split("."),
-                )
-            self.state.materialised[name] += 1
+            self._count(f"{type(self).__name__}.{wanted_by}")
             with torch.set_grad_enabled(self._grad_mode):
                 self._full = self._gather()
             for hook, removable in self._hooks:
                 if self._full.requires_grad and not removable.removed:
                     self._full.register_hook(hook)
         return self._full
+
+    def _count(self, name: str) -> None:
+        if torch.is_grad_enabled() and not self.state.materialised[name] and self.state.groups.tp_rank == 0:
+            _log.warning(
+                "%s was gathered whole for %s while training: right, but slower than staying sharded", *name.split(".")
+            )
+        self.state.materialised[name] += 1
 
     def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         shape, dtype = tuple(self.shape), self.dtype
@@ -276,12 +278,15 @@ class GatheredInput(Handle):
     _allows_in_place = False
     _outputs: dict[int, Tensor]
     _version_gathered: int
+    _remake: Remake | None
 
-    def __new__(cls, source: Tensor, region: TokenRegion, state: ShardingState) -> GatheredInput:
-        """`source` in `region.local_shape`."""
+    def __new__(
+        cls, source: Tensor, region: TokenRegion, state: ShardingState, remake: Remake | None = None
+    ) -> GatheredInput:
+        """`source` in `region.local_shape`; `remake` computes it again in backward."""
         shape = (region.batch, region.seq, source.shape[-1])
         handle = cls._make(shape, source, region, state, source.dtype)
-        handle._outputs = {}
+        handle._outputs, handle._remake = {}, remake
         return handle  # type: ignore[no-any-return]
 
     def _gather(self) -> Tensor:
@@ -297,13 +302,60 @@ class GatheredInput(Handle):
             raise SeqParError("a block's input was changed in place; let the model code clone() it first")
         if id(linear) not in self._outputs:
             members = [linear, *(m for m in linear.siblings if m is not linear and id(m) not in self._outputs)]
-            outputs = column_parallel(self.source, self.region, members)
+            outputs = column_parallel(self.source, self.region, members, self._remake)
             self._outputs.update({id(m): out for m, out in zip(members, outputs, strict=True)})
         return self._outputs.pop(id(linear))
 
     def unused(self) -> list[int]:
         """Ids of sibling linears that were computed with the others but never asked for."""
         return list(self._outputs)
+
+
+class _Deferred(Handle):
+    """Not a part of anything: a tensor of this rank that is not computed until somebody needs it as such."""
+
+    _elementwise: set[str] = set()
+
+    def _count(self, name: str) -> None:
+        pass
+
+    @classmethod
+    def of(cls, source: Tensor, state: ShardingState) -> Any:
+        """The handle of an elementwise function of `source`."""
+        region = TokenRegion(1, source.numel() // source.shape[-1], False, state.groups)
+        return cls._make(tuple(source.shape), source, region, state, source.dtype)
+
+
+class GatedActivation(_Deferred):
+    """act(gate); multiplied with a tensor of its shape it becomes a GatedProduct."""
+
+    act: str
+    compute: Callable[[Tensor], Tensor]
+
+    def _gather(self) -> Tensor:
+        return self.compute(self.source)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _name_of(func)[0] in ("mul", "__mul__", "__rmul__", "multiply") and len(args) == 2 and not kwargs:
+            gate, up = args if isinstance(args[0], GatedActivation) else args[::-1]
+            alike = type(up) is Tensor and up.shape == gate.shape and up.dtype == gate.dtype
+            if alike and gate.is_untouched() and gate._grad_mode == torch.is_grad_enabled():
+                product: GatedProduct = GatedProduct.of(gate.source, gate.state)
+                product.up, product.act, product.compute = up, gate.act, gate.compute
+                return product
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class GatedProduct(_Deferred):
+    """act(gate) * up; a row-parallel linear takes it apart, keeps gate and up, and makes the product again in backward."""
+
+    up: Tensor
+    act: str
+    compute: Callable[[Tensor], Tensor]
+
+    def _gather(self) -> Tensor:
+        return self.compute(self.source) * self.up
 
 
 class ShardedLogits(Handle):

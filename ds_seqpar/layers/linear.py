@@ -15,79 +15,139 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from ..comm.collectives import all_reduce
+from ..comm.exchange import Exchange
 from ..comm.regions import gather_columns
-from ..comm.tokens import gather_rows, gather_rows_async, reduce_scatter_rows, reduce_scatter_rows_async
 from ..errors import SeqParError
-from .handles import GatheredInput, ShardedLogits, TokenShard
+from ..kernels.gating import gated, gated_backward
+from .handles import GatedProduct, GatheredInput, Handle, ShardedLogits, TokenShard
+from .norm import Remake
 from .region import ShardingState, TokenRegion
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelHead", "column_parallel"]
 
 
+def _exchange(region: TokenRegion) -> Exchange:
+    assert region.exchange is not None, "a region that cuts tokens names what exchanges them"
+    return region.exchange
+
+
 class _ColumnParallel(Function):
-    """n linears over one input: [c, h] -> n x [T, out_r]; see ColumnParallelLinear."""
+    """n linears over one input: [c, h] -> n x [T, out_r]; see ColumnParallelLinear.
+
+    `remake` and its tensors `made_of`, if given, compute x again in backward, and are kept in its place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, region: TokenRegion, n: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, region: TokenRegion, n: int, remake: Remake | None, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:n], parameters[n:]
-        group = region.groups.tp_group
-        full = gather_rows(x, region.tokens, group) if region.cut else x
-        ctx.region, ctx.n = region, n
-        wants_dw = any(ctx.needs_input_grad[3 : 3 + n])
-        ctx.save_for_backward(x if wants_dw else None, *weights)
-        return tuple(linear(full, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        ctx.region, ctx.n, ctx.remake = region, n, remake
+        wants_dw = any(ctx.needs_input_grad[4 : 4 + n])
+        kept = [] if not wants_dw else [x] if remake is None else remake.made_of
+        ctx.save_for_backward(*weights, *kept)
+        if not region.cut:
+            return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        ys = [x.new_empty((region.tokens, w.shape[0])) for w in weights]  # type: ignore[union-attr]
+        gathering = _exchange(region).gather(x, region.tokens)
+        for rows, arrived in gathering.arrivals():
+            for y, w, b in zip(ys, weights, biases, strict=True):
+                _linear_into(y[rows], arrived, w, b)  # type: ignore[arg-type]
+        gathering.release()
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         region, n = ctx.region, ctx.n
-        group = region.groups.tp_group
-        x, *weights = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a recomputed tensor can be unpacked only once
+        weights, kept = saved[:n], saved[n:]
         wants_dx, wants_dw, wants_db = (
             ctx.needs_input_grad[0],
-            ctx.needs_input_grad[3 : 3 + n],
-            ctx.needs_input_grad[3 + n :],
+            ctx.needs_input_grad[4 : 4 + n],
+            ctx.needs_input_grad[4 + n :],
         )
-        gathering = gather_rows_async(x, group) if region.cut and region.overlap and any(wants_dw) else None
-        dx = reducing = None
-        if wants_dx:
-            dx = dys[0] @ weights[0]
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight)
-            if region.cut and region.overlap:
-                reducing = reduce_scatter_rows_async(dx, group)
-            elif not region.summed_later:
-                dx = reduce_scatter_rows(dx, group) if region.cut else all_reduce(dx, group)
-        full = x
-        if any(wants_dw) and region.cut:
-            full = gathering.wait()[: region.tokens] if gathering else gather_rows(x, region.tokens, group)
+        x = None if not kept else kept[0] if ctx.remake is None else ctx.remake(*kept).reshape(region.rows, -1)
+        gathering = _exchange(region).gather(x, region.tokens) if region.cut and x is not None else None
+        dx = scattering = None
+        if wants_dx and region.cut:
+            scattering = _exchange(region).scatter(region.tokens, weights[0].shape[1], dys[0])
+            for rows, memory in scattering.parts():
+                _sum_of_products(memory, [dy[rows] for dy in dys], weights)
+        elif wants_dx:
+            dx = _sum_of_products(dys[0].new_empty((region.tokens, weights[0].shape[1])), dys, weights)
+            dx = dx if region.summed_later else all_reduce(dx, region.groups.tp_group)
+        full: Any = gathering.whole() if gathering is not None else x
         dws = [dy.t() @ full if wanted else None for dy, wanted in zip(dys, wants_dw, strict=True)]
+        if gathering is not None:
+            del full
+            gathering.release()
         dbs = [dy.sum(0) if wanted else None for dy, wanted in zip(dys, wants_db, strict=True)]
-        if reducing is not None:
-            dx = reducing.wait()
-        return dx, None, None, *dws, *dbs
+        if scattering is not None:
+            dx = scattering.wait()
+        return dx, None, None, None, *dws, *dbs
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _sum_of_products(out: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    """out = sum of left @ right."""
+    for i, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        if i == 0:
+            torch.mm(left, right, out=out)
+        else:
+            out.addmm_(left, right)
+    return out
 
 
 class _RowParallel(Function):
-    """[T, in_r] -> [c, out], without the bias; see RowParallelLinear."""
+    """[T, in_r] -> [c, out], without the bias; see RowParallelLinear. With `act`, the input is act(x) * up, made again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, region: TokenRegion) -> Tensor:
-        ctx.region = region
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        partial, group = x @ weight.t(), region.groups.tp_group
-        return reduce_scatter_rows(partial, group) if region.cut else all_reduce(partial, group)
+    def forward(ctx: Any, x: Tensor, up: Tensor | None, act: str | None, weight: Tensor, region: TokenRegion) -> Tensor:
+        ctx.region, ctx.act = region, act
+        ctx.save_for_backward(x if act or ctx.needs_input_grad[3] else None, up, weight)
+        if act is not None and up is not None:
+            x = gated(x, up, act)
+        if not region.cut:
+            return all_reduce(x @ weight.t(), region.groups.tp_group)
+        scattering = _exchange(region).scatter(region.tokens, weight.shape[0], x)
+        for rows, memory in scattering.parts():
+            torch.mm(x[rows], weight.t(), out=memory)
+        return scattering.wait()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         region = ctx.region
-        x, weight = ctx.saved_tensors
-        if region.cut:
-            dy = gather_rows(dy, region.tokens, region.groups.tp_group)
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        dw = dy.t() @ x if ctx.needs_input_grad[1] else None
-        return dx, dw, None
+        x, up, weight = ctx.saved_tensors
+        wants_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        gathering = _exchange(region).gather(dy, region.tokens) if region.cut else None
+        dx = None
+        if wants_dx:
+            dx = dy.new_empty((region.tokens, weight.shape[1]))
+            for rows, arrived in gathering.arrivals() if gathering is not None else [(slice(0, region.tokens), dy)]:
+                torch.mm(arrived, weight, out=dx[rows])
+                del arrived
+        dup = None
+        if up is not None:
+            if dx is None:
+                x = gated(x, up, ctx.act)
+            else:
+                dx, dup, x = gated_backward(dx, x, up, ctx.act)
+        dw = None
+        if ctx.needs_input_grad[3]:
+            full = gathering.whole() if gathering is not None else dy
+            dw = full.t() @ x
+            del full
+        if gathering is not None:
+            gathering.release()
+        return dx, dup, None, dw, None
 
 
 def _autocast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
@@ -99,13 +159,16 @@ def _autocast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     return [p if p is None else p.to(dtype) for p in (x, *parameters)]
 
 
-def column_parallel(local: Tensor, region: TokenRegion, members: Sequence[nn.Linear]) -> list[Tensor]:
-    """Outputs [b, s, out_r] of all members from one gather of `local` (in `region.local_shape`)."""
+def column_parallel(
+    local: Tensor, region: TokenRegion, members: Sequence[nn.Linear], remake: Remake | None = None
+) -> list[Tensor]:
+    """Outputs [b, s, out_r] of all members from one gather of `local` (in `region.local_shape`), which `remake` computes again."""
     weights, biases = [m.weight for m in members], [m.bias for m in members]
     x, *parameters = _autocast(local, *weights, *biases)
     assert x is not None
+    remake = remake if x is local else None  # autocast changed it
     with torch.autocast(x.device.type, enabled=False):
-        outputs = _ColumnParallel.apply(x.reshape(region.rows, -1), region, len(members), *parameters)  # type: ignore[no-untyped-call]
+        outputs = _ColumnParallel.apply(x.reshape(region.rows, -1), region, len(members), remake, *parameters)  # type: ignore[no-untyped-call]
     return [out.view(region.batch, region.seq, -1) for out in outputs]
 
 
@@ -118,11 +181,16 @@ def _users_own(
     ]
 
 
+def _has_users_hooks(module: nn.Module) -> bool:
+    before = _users_own(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+    return bool(before or _users_own(module._forward_hooks, module._forward_hooks_with_kwargs))
+
+
 class ColumnParallelLinear(nn.Linear):
     """This rank's rows of a linear's weight; the block's input is gathered once for it and its siblings.
 
         weight [out, in] -> [out_r, in]      input a GatheredInput [b, s, in] -> output [b, s, out_r]
-        forward  y = all_gather(x) @ w.T + b    saves the shard x, never the gathered input
+        forward  y = all_gather(x) @ w.T + b    saves the shard x, or what x is made of, never the gathered input
         backward dx = reduce_scatter(sum over siblings of dy @ w), under which the wgrads run
                  dw = dy.T @ all_gather(x), the re-gather runs under the dgrads; db = dy.sum(0); both complete
 
@@ -177,8 +245,14 @@ class RowParallelLinear(nn.Linear):
 
     seqpar: ShardingState
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[b, s, in_r] -> the region's local shape with `out` columns."""
+    def __call__(self, input: Tensor) -> Tensor:
+        """[b, s, in_r] -> [1, c, out] or [b, s, out]. A gated product stays two tensors, which hooks of DeepSpeed's see plain."""
+        if not isinstance(input, GatedProduct) or not input.is_untouched() or _has_users_hooks(self):
+            return super().__call__(input.materialise() if isinstance(input, Handle) else input)  # type: ignore[no-any-return]
+        return super().__call__(input.source, input.up, input.act)  # type: ignore[no-any-return]
+
+    def forward(self, input: Tensor, up: Tensor | None = None, act: str | None = None) -> Tensor:
+        """[b, s, in_r] -> the region's local shape with `out` columns; the input is act(input) * up where those are given."""
         region, tokens = self.seqpar.region, input.numel() // input.shape[-1]
         if region is None or region.tokens != tokens:
             if self.seqpar.sequence_parallel and torch.is_grad_enabled():
@@ -189,10 +263,11 @@ class RowParallelLinear(nn.Linear):
                     f"a row-parallel linear was given {tokens} tokens but {expected}; its bias would get a wrong gradient"
                 )
             region = TokenRegion(1, tokens, False, self.seqpar.groups)
-        x, weight, bias = _autocast(input, self.weight, self.bias)
+        x, up, weight, bias = _autocast(input, up, self.weight, self.bias)
         assert x is not None and weight is not None
+        flat = [None if part is None else part.reshape(region.tokens, -1) for part in (x, up)]
         with torch.autocast(x.device.type, enabled=False):
-            output: Tensor = _RowParallel.apply(x.reshape(region.tokens, -1), weight, region)  # type: ignore[no-untyped-call]
+            output: Tensor = _RowParallel.apply(*flat, act, weight, region)  # type: ignore[no-untyped-call]
         if not region.cut and self.seqpar.block_forked:
             self.seqpar.block_forked = False
             self.seqpar.random.leave()  # what follows is equal on every rank again

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from ..comm.collectives import all_reduce
-from ..comm.tokens import gather_rows, reduce_scatter_rows
+from ..comm.collectives import all_gather, all_reduce
+from ..comm.exchange import Exchange
+from ..kernels.cross_entropy import gradient_, scaled, statistics
 from .handles import ShardedLogits
 from .region import TokenRegion
 
@@ -35,6 +35,11 @@ class _Options:
     ignore_index: int
     transforms: Transforms
 
+    @property
+    def exchange(self) -> Exchange:
+        assert self.region.exchange is not None, "a region that cuts tokens names what exchanges them"
+        return self.region.exchange
+
 
 class _LinearCrossEntropy(Function):
     """Gradients are made in forward, chunk by chunk, and scaled in backward: no logits are kept or computed twice."""
@@ -47,25 +52,32 @@ class _LinearCrossEntropy(Function):
         wants_dx, wants_dw, wants_db = ctx.needs_input_grad[:3]
         wide = torch.promote_types(weight.dtype, torch.float32)
         dx = torch.zeros_like(hidden) if wants_dx else None
-        dw = torch.zeros_like(weight, dtype=wide) if wants_dw else None
+        dw = None
         db = torch.zeros_like(bias, dtype=wide) if wants_db and bias is not None else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for rows, wanted in _chunks(targets, options):
-            mine = hidden[rows]
-            x = gather_rows(mine, wanted.numel(), group) if cut else mine
+        for rows, wanted, x in _gathered_chunks(hidden, targets, options):
             logits = torch.nn.functional.linear(x, weight, bias)
             losses, dlogits = _chunk_loss(logits, wanted, options, wants_dx or wants_dw or wants_db)
             total += losses
-            if dx is not None:
-                partial = dlogits @ weight
-                dx[rows] = reduce_scatter_rows(partial, group) if cut else partial
-            if dw is not None:
-                dw += dlogits.t() @ x
+            scattering = None
+            if dx is not None and cut:
+                scattering = options.exchange.scatter(wanted.numel(), weight.shape[1], dlogits)
+                for part, memory in scattering.parts():
+                    torch.mm(dlogits[part], weight, out=memory)
+            elif dx is not None:
+                dx[rows] = dlogits @ weight
+            if wants_dw:
+                dw = _product(dlogits.t(), x, wide) if dw is None else _accumulate(dw, dlogits.t(), x)
             if db is not None:
                 db += dlogits.sum(0)
+            if dx is not None and scattering is not None:
+                dx[rows] = scattering.wait()
         if dx is not None and not cut:
             dx = all_reduce(dx, group)
         counted = (targets != options.ignore_index).sum().to(wide)
+        # Kept until backward, so in the weight's own dtype where that cannot overflow.
+        dw = dw if not wants_dw or dw is not None else torch.zeros_like(weight)
+        dw = dw.to(weight.dtype) if dw is not None and weight.dtype is torch.bfloat16 else dw
         ctx.save_for_backward(dx, dw, db, counted)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(counted)
@@ -77,12 +89,43 @@ class _LinearCrossEntropy(Function):
         dx, dw, db, counted = ctx.saved_tensors
         dloss = torch.where(counted > 0, dloss, 0.0)  # a mean over no label is NaN with zero gradients, as in torch
         weight_dtype, bias_dtype = ctx.dtypes
-        dx = (
-            None if dx is None else (dx.to(dloss.dtype) * dloss).to(dx.dtype)
-        )  # a rounded factor would scale every gradient
-        dw = None if dw is None else (dw * dloss).to(weight_dtype)
-        db = None if db is None else (db * dloss).to(bias_dtype)
+        dx = None if dx is None else scaled(dx, dloss, dx.dtype)
+        dw = None if dw is None else scaled(dw, dloss, weight_dtype)
+        db = None if db is None else scaled(db, dloss, bias_dtype)
         return dx, dw, db, None, None
+
+
+def _gathered_chunks(hidden: Tensor, targets: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows of the local hidden states, the chunk's targets, its gathered rows); the next chunk is gathered meanwhile."""
+    if not options.region.cut:
+        for rows, wanted in _chunks(targets, options):
+            yield rows, wanted, hidden[rows]
+        return
+    chunks = list(_chunks(targets, options))
+    gathering = options.exchange.gather(hidden[chunks[0][0]], chunks[0][1].numel())
+    for (rows, wanted), following in zip(chunks, [*chunks[1:], None], strict=True):
+        current = gathering
+        x = current.whole()
+        if following is not None:
+            gathering = options.exchange.gather(hidden[following[0]], following[1].numel())
+        yield rows, wanted, x
+        current.release()
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right, summed and returned in `dtype`."""
+    if dtype != left.dtype and left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left @ right, summed in total's dtype."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    if total.is_cuda:
+        return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    return total.add_(left @ right)
 
 
 def _chunks(targets: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor]]:
@@ -97,7 +140,7 @@ def _chunks(targets: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor]
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, options: _Options, wants_grad: bool) -> tuple[Tensor, Tensor]:
-    """(sum of the chunk's losses, d sum / d logits) from logits [n, V_r] and targets [n]."""
+    """(sum of the chunk's losses, d sum / d logits) from logits [n, V_r] and targets [n]. Overwrites the logits."""
     group = options.region.groups.tp_group
     leaf = z = logits
     if options.transforms:
@@ -106,23 +149,17 @@ def _chunk_loss(logits: Tensor, targets: Tensor, options: _Options, wants_grad: 
             z = leaf
             for transform in options.transforms:
                 z = transform(z)
-    # Changed in place below: a copy where a transform's backward may need its output, else the logits themselves will do.
-    values = z.detach().to(torch.promote_types(z.dtype, torch.float32), copy=bool(options.transforms))
-    top = all_reduce(values.max(dim=-1).values, group, dist.ReduceOp.MAX)
+    # Overwritten below: a copy where a transform's backward may need its output, else the logits themselves will do.
+    values = z.detach().clone() if options.transforms else z
     local = targets - options.vocab_start
-    mine = (local >= 0) & (local < values.shape[-1])
-    local = torch.where(mine, local, 0).unsqueeze(-1)
-    at_target = values.gather(-1, local).squeeze(-1) * mine
-    exps = values.sub_(top.unsqueeze(-1)).exp_()
-    sums, at_target = all_reduce(torch.stack([exps.sum(-1), at_target]), group).unbind(0)
+    tops, sums, picked = all_gather(statistics(values, local).unsqueeze(0), group).unbind(1)
+    top = tops.max(0).values
+    log_sum = sums.mul_((tops - top).exp_()).sum(0).log_()
     counted = targets != options.ignore_index
-    losses = torch.where(counted, sums.log() + top - at_target, 0.0).sum()
+    losses = torch.where(counted, log_sum + (top - picked.sum(0)), 0.0).sum()
     if not wants_grad:
         return losses, logits
-    dz = exps.div_(sums.unsqueeze(-1))
-    dz.scatter_add_(-1, local, -mine.unsqueeze(-1).to(dz.dtype))
-    dz.mul_(counted.unsqueeze(-1))
-    dz = dz.to(z.dtype)
+    dz = gradient_(values, local, log_sum + top, counted.to(log_sum.dtype))
     return losses, torch.autograd.grad(z, leaf, dz)[0] if options.transforms else dz
 
 

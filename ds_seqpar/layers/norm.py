@@ -1,16 +1,88 @@
-"""RMS norm over a dimension that is cut over the group (OLMo-2's q and k norms over all heads)."""
+"""RMS norms: fused where the module is measured to be one, and cut where its dimension is (OLMo-2's q and k norms)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from ..comm.regions import copy_for_partial, reduce_partial
 from .region import ShardingState
 
-__all__ = ["CutRMSNorm"]
+__all__ = ["CutRMSNorm", "FusedRMSNorm", "Remake", "remake_of", "rms_norm_epsilon"]
+
+
+@dataclass(frozen=True)
+class Remake:
+    """How a cheap tensor is computed again in backward, so that what it is `made_of` is kept and it is not."""
+
+    function: Callable[..., Tensor]
+    made_of: tuple[Tensor, ...]
+
+    def __call__(self, *kept: Tensor) -> Tensor:
+        """The tensor, from what was kept of `made_of`."""
+        return self.function(*kept)
+
+
+def remake_of(x: Tensor) -> Remake | None:
+    """The Remake that the module which made `x` attached to it."""
+    return getattr(x, "_seqpar_remake", None)
+
+
+def rms_norm_epsilon(module: nn.Module) -> float | None:
+    """The epsilon with which `module` equals torch's rms_norm with its weight, by measurement; None for any other module."""
+    weight = module._parameters.get("weight")
+    if (
+        "RMSNorm" not in type(module).__name__
+        or isinstance(module, CutRMSNorm)
+        or weight is None
+        or weight.dim() != 1
+        or len(module._parameters) != 1
+    ):
+        return None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(weight.shape, generator=generator)
+    for scale in (1.0, eps**0.5):  # at the second the epsilon decides half of the result
+        x = scale * torch.randn(3, *weight.shape, generator=generator)
+        try:
+            with torch.no_grad():
+                y = torch.func.functional_call(module, {"weight": own}, (x,))
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        if not isinstance(y, Tensor) or not torch.allclose(y, rms_norm(x, x.shape[-1:], own, eps), 1e-5, 1e-6):
+            return None
+    return eps
+
+
+class FusedRMSNorm:
+    """Put before a module of which `rms_norm_epsilon` is known: torch's fused kernel, which keeps its input and one number a row.
+
+    Products of its output keep the norm's input instead and compute the output again (see Remake).
+    """
+
+    weight: nn.Parameter
+    fused_eps: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., h] -> [..., h]; fp32 arithmetic inside, rounded once."""
+        x, weight, eps = hidden_states, self.weight, self.fused_eps
+        # In float64 the modules themselves compute in fp32, and are right to be compared with.
+        if x.dtype != weight.dtype or x.dtype is torch.float64 or torch.is_autocast_enabled(x.device.type):
+            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+        normed = rms_norm(x, x.shape[-1:], weight, eps)
+        if torch.is_grad_enabled():
+            # ZeRO-3 takes the weight away after this forward and brings it back too late.
+            kept = weight.detach().clone() if hasattr(weight, "ds_id") else weight.detach()
+            remake = Remake(lambda x, weight: rms_norm(x, x.shape[-1:], weight, eps), (x.detach(), kept))
+            normed._seqpar_remake = remake  # type: ignore[attr-defined]
+        return normed
 
 
 class CutRMSNorm(nn.Module):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..comm.exchange import Exchange
 from ..comm.regions import (
     copy_for_partial,
     gather_for_partial,
@@ -35,15 +36,15 @@ __all__ = ["ShardingState", "TokenRegion"]
 class TokenRegion:
     """One forward's tokens. `cut`: each rank holds [1, c, h] of them; otherwise every rank holds [b, s, h].
 
-    `summed_later`: the gradient of a column-parallel linear's input stays this rank's part, because the gather that the
-    input came from sums it.
+    `exchange` moves the rows; a region that is not cut needs none. `summed_later`: the gradient of a column-parallel
+    linear's input stays this rank's part, because the gather that the input came from sums it.
     """
 
     batch: int
     seq: int
     cut: bool
     groups: ParallelGroups
-    overlap: bool = True
+    exchange: Exchange | None = None
     summed_later: bool = False
 
     @property
@@ -93,7 +94,7 @@ class ShardingState:
 
     groups: ParallelGroups
     sequence_parallel: bool
-    overlap: bool
+    exchange: Exchange
     recompute_mlp: bool
     loss_chunk_tokens: int
     partial: PartialGradients
@@ -119,7 +120,7 @@ class ShardingState:
         without gradients, single-token decoding runs as plain tensor parallelism.
         """
         cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
-        return TokenRegion(batch, seq, cut, self.groups, self.overlap)
+        return TokenRegion(batch, seq, cut, self.groups, self.exchange)
 
     @contextmanager
     def within(self, region: TokenRegion | None) -> Iterator[None]:

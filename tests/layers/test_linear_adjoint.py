@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor, nn
 
+from ds_seqpar.comm.exchange import Exchange
 from ds_seqpar.groups import ParallelGroups
 from ds_seqpar.layers.linear import _RowParallel, column_parallel
 from ds_seqpar.layers.region import TokenRegion
@@ -21,7 +22,7 @@ def _total(a: Tensor, b: Tensor) -> float:
 
 def _adjoint(seq: int, overlap: bool) -> list[tuple[float, float]]:
     groups = ParallelGroups.around(dist.group.WORLD)
-    region = TokenRegion(1, seq, True, groups, overlap)
+    region = TokenRegion(1, seq, True, groups, Exchange(groups.tp_group, groups.tp_cpu_group, overlap))
     generator = torch.Generator().manual_seed(dist.get_rank())
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     dead = max(0, min(region.rows, region.rows * (groups.tp_rank + 1) - seq))
@@ -35,7 +36,7 @@ def _adjoint(seq: int, overlap: bool) -> list[tuple[float, float]]:
     (dx,) = torch.autograd.grad(outputs, x, dys)
     pairs.append((sum(_total(y.detach(), dy) for y, dy in zip(outputs, dys, strict=True)), _total(x.detach(), dx)))
     x, weight = draw(seq, 4).requires_grad_(), draw(6, 4)
-    y = _RowParallel.apply(x, weight, region)
+    y = _RowParallel.apply(x, None, None, weight, region)
     dy = draw(*y.shape) * alive
     (dx,) = torch.autograd.grad(y, x, dy)
     pairs.append((_total(y.detach(), dy), _total(x.detach(), dx)))

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from ds_seqpar.comm.exchange import Exchange
 from ds_seqpar.groups import ParallelGroups
 from ds_seqpar.layers.loss import vocab_parallel_linear_cross_entropy
 from ds_seqpar.layers.region import TokenRegion
@@ -79,7 +80,7 @@ def _run(case: Case) -> dict[str, Any]:
     rank, t = groups.tp_rank, groups.tp_size
     hidden, weight, bias, targets = _inputs(case)
     start, stop = even_bounds(V, t)[rank]
-    region = TokenRegion(case.batch, case.seq, case.cut, groups)
+    region = TokenRegion(case.batch, case.seq, case.cut, groups, Exchange(groups.tp_group, groups.tp_cpu_group, True))
 
     mine = hidden.clone()
     if case.cut:
@@ -232,7 +233,7 @@ def _largest_allocation() -> int:
 
     groups = ParallelGroups.around(dist.group.WORLD)
     tokens, vocab, width = 512, 256, 4
-    region = TokenRegion(1, tokens, True, groups)
+    region = TokenRegion(1, tokens, True, groups, Exchange(groups.tp_group, groups.tp_cpu_group, True))
     hidden = torch.randn(region.rows, width, requires_grad=True)
     weight = torch.randn(vocab // groups.tp_size, width, requires_grad=True)
     with Largest() as largest:

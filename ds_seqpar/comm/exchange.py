@@ -1,0 +1,286 @@
+"""All-gather and reduce-scatter of token rows in parts, so that matrix products run while the rest is under way.
+
+A product over gathered rows starts with this rank's own; a product that is to be reduce-scattered makes first what other
+ranks wait for. Two transports, chosen by facts that all ranks share:
+
+    collectives   one part: all rows at once, on the communication library's own stream
+    copy engines  a part for each rank, read from the peers' symmetric memory without using a multiprocessor
+
+Legend: T tokens, t group size, c = ceil(T/t) rows a rank.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .collectives import Pending, all_gather, all_gather_async, reduce_scatter, reduce_scatter_async
+from .symmetric import SymmetricMemory
+from .tokens import rows_per_rank
+
+__all__ = ["Exchange", "Gathering", "Scattering", "Transport"]
+
+_LEAST_BYTES = 1 << 20  # below this a collective's latency is less than a barrier and a copy
+
+
+class Gathering(Protocol):
+    """An all-gather of [c, ...] under way. Consume it by `arrivals()`, `whole()`, or both in this order, and then `release()` it."""
+
+    def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of T, their values) as they arrive; together all T rows."""
+        ...
+
+    def whole(self) -> Tensor:
+        """[T, ...], complete for whatever follows on the current stream."""
+        ...
+
+    def release(self) -> None:
+        """What was gathered is not read any more by what follows on the current stream; all of it has arrived."""
+        ...
+
+
+class Scattering(Protocol):
+    """A reduce-scatter of [T, w] whose input is made in parts: exhaust `parts()`, do other work, then `wait()`."""
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of T, memory [rows, w] to write them to); what other ranks wait for comes first."""
+        ...
+
+    def wait(self) -> Tensor:
+        """[c, w], this rank's rows of the sum over the ranks; rows past T are zero."""
+        ...
+
+
+class Transport(Protocol):
+    """What moves the rows."""
+
+    def gather(self, shard: Tensor, tokens: int) -> Gathering:
+        """Starts gathering shard [c, ...], c = ceil(tokens/t)."""
+        ...
+
+    def scatter(self, tokens: int, width: int, like: Tensor) -> Scattering:
+        """Begins a reduce-scatter of [tokens, width] with the dtype and device of `like`."""
+        ...
+
+
+class Exchange:
+    """Gathers and scatters token rows over one group with the best transport there is."""
+
+    def __init__(self, group: ProcessGroup, cpu_group: ProcessGroup, overlap: bool) -> None:
+        """`cpu_group`: the same ranks over gloo. `overlap` False: plain collectives that are waited for at once."""
+        self._group, self._cpu_group, self._overlap = group, cpu_group, overlap
+        self._collectives: Transport = _Collectives(group, overlap)
+        self._copy_engines: Transport | None = None
+        self._decided = not overlap
+        self.remark = "plain collectives, not overlapped" if not overlap else "undecided before the first forward"
+
+    def gather(self, shard: Tensor, tokens: int) -> Gathering:
+        """Starts gathering shard [c, ...] of all ranks to [tokens, ...]."""
+        return self._transport(shard, shard.nbytes).gather(shard.contiguous(), tokens)
+
+    def scatter(self, tokens: int, width: int, like: Tensor) -> Scattering:
+        """Begins a reduce-scatter of [tokens, width] with the dtype and device of `like`."""
+        rows = rows_per_rank(tokens, dist.get_world_size(self._group))
+        return self._transport(like, rows * width * like.element_size()).scatter(tokens, width, like)
+
+    def _transport(self, x: Tensor, nbytes: int) -> Transport:
+        if not self._decided:
+            self._decide(x)
+        if self._copy_engines is None or nbytes < _LEAST_BYTES or not x.is_cuda:
+            return self._collectives
+        return self._copy_engines
+
+    def _decide(self, x: Tensor) -> None:
+        """Whether every rank of the group can read every other's memory. Collective, once."""
+        self._decided = True
+        mine = (socket.gethostname(), x.device.index if x.is_cuda else None, dist.get_backend(self._group))
+        everyone: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, mine, group=self._cpu_group)
+        why = self._why_not(mine, everyone)
+        reasons: list[Any] = [None] * len(everyone)
+        dist.all_gather_object(reasons, why, group=self._cpu_group)
+        why = next((reason for reason in reasons if reason), None)
+        if why is None:
+            self._copy_engines = _CopyEngines(self._group)
+        self.remark = f"collectives on their own stream ({why})" if why else "copy engines over the GPUs' peer memory"
+
+    def _why_not(self, mine: tuple[Any, ...], everyone: list[tuple[Any, ...]]) -> str | None:
+        if len(everyone) == 1:
+            return "one rank"
+        if mine[1] is None or mine[2] != "nccl":
+            return f"the group runs on {mine[2]}"
+        if any(host != mine[0] for host, _, _ in everyone):
+            return "the group spans several hosts"
+        devices = [device for _, device, _ in everyone]
+        visible = torch.cuda.device_count()
+        if any(device >= visible for device in devices):
+            return "the ranks see different GPUs"
+        if not SymmetricMemory.is_available():
+            return "this torch has no symmetric memory"
+        if not all(d == mine[1] or torch.cuda.can_device_access_peer(mine[1], d) for d in devices):
+            return "the GPUs have no peer access"
+        return None
+
+
+class _Collectives:
+    def __init__(self, group: ProcessGroup, asynchronous: bool) -> None:
+        self.group, self.asynchronous = group, asynchronous
+
+    def gather(self, shard: Tensor, tokens: int) -> _GatheringAtOnce:
+        start = all_gather_async if self.asynchronous else all_gather
+        return _GatheringAtOnce(start(shard, self.group), tokens)
+
+    def scatter(self, tokens: int, width: int, like: Tensor) -> _ScatteringAtOnce:
+        return _ScatteringAtOnce(self, tokens, width, like)
+
+
+class _GatheringAtOnce:
+    def __init__(self, pending: Pending | Tensor, tokens: int) -> None:
+        self._pending, self._tokens = pending, tokens
+
+    def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, self._tokens), self.whole()
+
+    def whole(self) -> Tensor:
+        if isinstance(self._pending, Pending):
+            self._pending = self._pending.wait()
+        return self._pending[: self._tokens]
+
+    def release(self) -> None:
+        del self._pending
+
+
+class _ScatteringAtOnce:
+    def __init__(self, by: _Collectives, tokens: int, width: int, like: Tensor) -> None:
+        self._by, self._tokens = by, tokens
+        t = dist.get_world_size(by.group)
+        self._full = like.new_empty((t * rows_per_rank(tokens, t), width))
+        self._result: Pending | Tensor | None = None
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        self._full[self._tokens :].zero_()
+        yield slice(0, self._tokens), self._full[: self._tokens]
+        start = reduce_scatter_async if self._by.asynchronous else reduce_scatter
+        self._result = start(self._full, self._by.group)
+        del self._full
+
+    def wait(self) -> Tensor:
+        assert self._result is not None, "parts() was not exhausted"
+        return self._result.wait() if isinstance(self._result, Pending) else self._result
+
+
+class _CopyEngines:
+    """Reads from the peers' symmetric memory on a stream of its own. A group makes the same calls on all ranks."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.memory = SymmetricMemory(group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.stream = torch.cuda.Stream()
+        # Each rank reads from a different peer at a time.
+        self.peers = [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def rows_of(self, rank: int, tokens: int) -> slice:
+        rows = rows_per_rank(tokens, self.size)
+        return slice(min(rank * rows, tokens), min((rank + 1) * rows, tokens))
+
+    def gather(self, shard: Tensor, tokens: int) -> _GatheringByRank:
+        return _GatheringByRank(self, shard, tokens)
+
+    def scatter(self, tokens: int, width: int, like: Tensor) -> _ScatteringByRank:
+        return _ScatteringByRank(self, tokens, width, like)
+
+
+class _GatheringByRank:
+    """Gathers into the slot that the peers read this rank's rows from."""
+
+    def __init__(self, by: _CopyEngines, shard: Tensor, tokens: int) -> None:
+        self._by, self._tokens = by, tokens
+        slot = by.memory.take(by.size * shard.nbytes)
+
+        def rows(owner: int, of: int) -> Tensor:
+            return slot.of(owner, shard.shape, shard.dtype, of * shard.nbytes)
+
+        rows(by.rank, by.rank).copy_(shard)
+        by.memory.barrier()
+        by.stream.wait_stream(torch.cuda.current_stream())
+        self._arrived = []
+        with torch.cuda.stream(by.stream):
+            for peer in by.peers:
+                rows(by.rank, peer).copy_(rows(peer, peer))
+                event = torch.cuda.Event()
+                event.record()
+                self._arrived.append((peer, event))
+        self._slot, self._full = slot, slot.of(by.rank, (by.size * shard.shape[0], *shard.shape[1:]), shard.dtype)
+
+    def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
+        by = self._by
+        own = by.rows_of(by.rank, self._tokens)
+        if own.stop > own.start:
+            yield own, self._full[own]
+        while self._arrived:
+            peer, event = self._arrived.pop(0)
+            event.wait()
+            rows = by.rows_of(peer, self._tokens)
+            if rows.stop > rows.start:
+                yield rows, self._full[rows]
+
+    def whole(self) -> Tensor:
+        for _, event in self._arrived:
+            event.wait()
+        self._arrived.clear()
+        return self._full[: self._tokens]
+
+    def release(self) -> None:
+        self.whole()
+        del self._full
+        self._by.memory.give_back(self._slot)
+
+
+class _ScatteringByRank:
+    def __init__(self, by: _CopyEngines, tokens: int, width: int, like: Tensor) -> None:
+        self._by, self._tokens, self._like = by, tokens, like
+        self._shape = (rows_per_rank(tokens, by.size), width)
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        by, (rows, width), like = self._by, self._shape, self._like
+        part = rows * width * like.element_size()
+        slot = by.memory.take(part * (by.size - 1))
+
+        def sent(owner: int, to: int) -> Tensor:
+            """Where `owner` keeps what it made for `to`; in the order of its peers."""
+            return slot.of(owner, self._shape, like.dtype, part * ((to - owner) % by.size - 1))
+
+        for peer in by.peers:
+            yield from self._part(peer, sent(by.rank, peer))
+        by.memory.barrier()
+        received = like.new_empty((by.size - 1, rows, width))
+        by.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(by.stream):
+            for i, peer in enumerate(by.peers):
+                received[i].copy_(sent(peer, by.rank))
+            self._done = torch.cuda.Event()
+            self._done.record()
+        self._slot, self._received = slot, received
+        self._own = like.new_empty(self._shape)
+        yield from self._part(by.rank, self._own)
+
+    def _part(self, rank: int, memory: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        rows = self._by.rows_of(rank, self._tokens)
+        live = rows.stop - rows.start
+        if live < self._shape[0]:
+            memory[live:].zero_()
+        if live:
+            yield rows, memory[:live]
+
+    def wait(self) -> Tensor:
+        self._done.wait()
+        self._by.memory.give_back(self._slot)
+        for part in self._received.unbind(0):
+            self._own += part
+        return self._own

@@ -1,0 +1,58 @@
+"""Softmax cross-entropy over one rank's part of the vocabulary, in two passes over the logits.
+
+Legend: n tokens, V_r this rank's vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import runs_triton
+
+__all__ = ["gradient_", "scaled", "statistics"]
+
+
+def statistics(logits: Tensor, local_targets: Tensor) -> Tensor:
+    """[3, n] fp32 (or the logits' wider dtype): maximum, sum of exp(logit - maximum), logit of the target.
+
+    Args:
+        logits: [n, V_r]. local_targets: [n] int64, counted from this rank's first row; outside 0 .. V_r - 1 the third is 0.
+    """
+    if runs_triton(logits) and logits.dtype != torch.float64:
+        from . import triton_kernels as kernels
+
+        return kernels.cross_entropy_statistics(logits, local_targets)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = wide.max(dim=-1).values
+    mine = (local_targets >= 0) & (local_targets < logits.shape[-1])
+    picked = wide.gather(-1, torch.where(mine, local_targets, 0).unsqueeze(-1)).squeeze(-1) * mine
+    return torch.stack([top, (wide - top.unsqueeze(-1)).exp_().sum(-1), picked])
+
+
+def gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:
+    """Overwrites logits [n, V_r] with scale * (exp(logits - log_sum) - one_hot(local_targets)); returns them.
+
+    Args:
+        log_sum: [n], log of the sum of exp over the whole vocabulary. scale: [n], 0 for tokens that do not count.
+    """
+    if runs_triton(logits) and logits.dtype != torch.float64:
+        from . import triton_kernels as kernels
+
+        return kernels.cross_entropy_gradient_(logits, local_targets, log_sum, scale)
+    mine = (local_targets >= 0) & (local_targets < logits.shape[-1])
+    wide = logits.to(log_sum.dtype).sub_(log_sum.unsqueeze(-1)).exp_()
+    index = torch.where(mine, local_targets, 0).unsqueeze(-1)
+    wide.scatter_add_(-1, index, -mine.unsqueeze(-1).to(wide.dtype))
+    # 0 * inf: a token that does not count must not bring in what its logits overflowed to.
+    wide.mul_(scale.unsqueeze(-1)).masked_fill_((scale == 0).unsqueeze(-1), 0.0)
+    return wide if wide.data_ptr() == logits.data_ptr() else logits.copy_(wide)
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor (a scalar tensor) in `dtype`, rounded once from the wider of x's and the factor's dtype."""
+    if runs_triton(x) and x.dtype != torch.float64 and x.is_contiguous():
+        from . import triton_kernels as kernels
+
+        return kernels.scaled(x, factor, dtype)
+    return x.to(torch.promote_types(x.dtype, factor.dtype)).mul(factor).to(dtype)

@@ -1,0 +1,49 @@
+"""Rotary position embedding in one pass, q or k at a time.
+
+Legend: b batch, n heads, s sequence, d head size.
+Source: Su et al. 2021, arXiv:2104.09864, in the half-split layout of Hugging Face's `rotate_half`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .dispatch import runs_triton
+
+__all__ = ["rotate"]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    if runs_triton(x) and x.stride(-1) == 1:
+        from . import triton_kernels as kernels
+
+        return kernels.rotate(x, cos, sin, inverse)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if inverse:
+        first, second = (x * sin).chunk(2, dim=-1)
+        return x * cos + torch.cat((second, -first), dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(dy, cos, sin, True), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + rotate_half(x) * sin for x [b, n, s, d] (any strides, kept) and cos, sin [b or 1, s, d], which get no gradient."""
+    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]

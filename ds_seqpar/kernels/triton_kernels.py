@@ -1,0 +1,206 @@
+"""The Triton kernels, and the functions that launch them. Import only where Triton is installed.
+
+All arithmetic is fp32; results have the inputs' dtype. Legend as in the modules that call them.
+"""
+
+# Kernels are typed by Triton, not by Python.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rotate", "scaled"]
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr):
+    """(act(x), act'(x))"""
+    if ACT == "silu":
+        sigmoid = tl.sigmoid(x)
+        return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
+    elif ACT == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        tanh = 2.0 * tl.sigmoid(2.0 * inner) - 1.0
+        dinner = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
+        return 0.5 * x * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * dinner
+    else:
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def _gated(gate, up, out, gate_stride, up_stride, width, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    g = tl.load(gate + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    value, _ = _act(g, ACT)
+    tl.store(out + row * width + cols, value * u, mask=mask)
+
+
+@triton.jit
+def _gated_backward(dout, gate, up, dgate, dup, gate_stride, up_stride, width, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    d = tl.load(dout + row * width + cols, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    value, slope = _act(g, ACT)
+    tl.store(dgate + row * width + cols, d * u * slope, mask=mask)
+    tl.store(dup + row * width + cols, d * value, mask=mask)
+    tl.store(dout + row * width + cols, value * u, mask=mask)  # the product takes its gradient's place
+
+
+@triton.jit
+def _rotate(
+    x, out, cos, sin, heads, seq,
+    x_b, x_n, x_s, out_b, out_n, out_s, cos_b, cos_s, sin_b, sin_s,
+    HALF: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    b = (token // seq).to(tl.int64)
+    s = (token % seq).to(tl.int64)
+    cols = tl.arange(0, PADDED)
+    inside = cols < HALF
+    cos_row, sin_row = cos + b * cos_b + s * cos_s, sin + b * sin_b + s * sin_s
+    cos_1 = tl.load(cos_row + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos_2 = tl.load(cos_row + HALF + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_1 = tl.load(sin_row + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin_2 = tl.load(sin_row + HALF + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+    n = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    mask = (n < heads)[:, None] & inside[None, :]
+    at = x + b * x_b + s * x_s + n[:, None] * x_n + cols[None, :]
+    x_1 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    x_2 = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+    if INVERSE:
+        y_1 = x_1 * cos_1 + x_2 * sin_2
+        y_2 = x_2 * cos_2 - x_1 * sin_1
+    else:
+        y_1 = x_1 * cos_1 - x_2 * sin_1
+        y_2 = x_2 * cos_2 + x_1 * sin_2
+    to = out + b * out_b + s * out_s + n[:, None] * out_n + cols[None, :]
+    tl.store(to, y_1, mask=mask)
+    tl.store(to + HALF, y_2, mask=mask)
+
+
+@triton.jit
+def _statistics(logits, targets, out, rows, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    z = logits + row.to(tl.int64) * stride
+    cols = tl.arange(0, BLOCK)
+    top = float("-inf")
+    total = 0.0
+    for start in range(0, width, BLOCK):
+        x = tl.load(z + start + cols, mask=start + cols < width, other=float("-inf")).to(tl.float32)
+        above = tl.maximum(top, tl.max(x, axis=0))
+        total = total * tl.exp(top - above) + tl.sum(tl.exp(x - above), axis=0)
+        top = above
+    target = tl.load(targets + row)
+    mine = (target >= 0) & (target < width)
+    picked = tl.load(z + tl.where(mine, target, 0)).to(tl.float32)
+    tl.store(out + row, top)
+    tl.store(out + rows + row, total)
+    tl.store(out + 2 * rows + row, tl.where(mine, picked, 0.0))
+
+
+@triton.jit
+def _gradient(logits, targets, log_sum, scale, stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    at = logits + row.to(tl.int64) * stride + cols
+    factor = tl.load(scale + row)
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    p = tl.exp(x - tl.load(log_sum + row)) - tl.where(cols == tl.load(targets + row), 1.0, 0.0)
+    tl.store(at, tl.where(factor == 0.0, 0.0, factor * p), mask=mask)
+
+
+@triton.jit
+def _scaled(x, factor, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out + at, value * tl.load(factor).to(tl.float32), mask=at < size)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """See gating.gated."""
+    gate, up = _rows(gate), _rows(up)
+    out = gate.new_empty(gate.shape)
+    grid = (gate.shape[0], triton.cdiv(gate.shape[1], 1024))
+    if out.numel():
+        _launch(_gated, grid, gate, up, out, gate.stride(0), up.stride(0), gate.shape[1], ACT=act, BLOCK=1024)
+    return out
+
+
+def gated_backward(dproduct: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """See gating.gated_backward."""
+    dproduct, gate, up = dproduct.contiguous(), _rows(gate), _rows(up)
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    grid = (gate.shape[0], triton.cdiv(gate.shape[1], 1024))
+    if dgate.numel():
+        strides = (gate.stride(0), up.stride(0), gate.shape[1])
+        _launch(_gated_backward, grid, dproduct, gate, up, dgate, dup, *strides, ACT=act, BLOCK=1024)
+    return dgate, dup, dproduct
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """See rotary.rotate; `inverse` turns back."""
+    batch, heads, seq, width = x.shape
+    out = torch.empty_like(x)
+    if out.stride(-1) != 1:  # empty_like keeps strides only of dense tensors
+        out = x.new_empty(x.shape)
+    cos, sin = _rows(cos), _rows(sin)
+    one = [0 if table.shape[0] == 1 else table.stride(0) for table in (cos, sin)]
+    half, at_once = width // 2, min(8, triton.next_power_of_2(heads))
+    if out.numel():
+        _launch(
+            _rotate, (batch * seq, triton.cdiv(heads, at_once)), x, out, cos, sin, heads, seq,
+            *x.stride()[:3], *out.stride()[:3], one[0], cos.stride(1), one[1], sin.stride(1),
+            HALF=half, PADDED=triton.next_power_of_2(half), HEADS=at_once, INVERSE=inverse,
+        )  # fmt: skip
+    return out
+
+
+def cross_entropy_statistics(logits: Tensor, local_targets: Tensor) -> Tensor:
+    """See cross_entropy.statistics."""
+    logits = _rows(logits)
+    rows, width = logits.shape
+    out = logits.new_empty((3, rows), dtype=torch.float32)
+    _launch(_statistics, (rows,), logits, local_targets, out, rows, logits.stride(0), width, BLOCK=4096, num_warps=8)
+    return out
+
+
+def cross_entropy_gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:
+    """See cross_entropy.gradient_."""
+    assert logits.stride(-1) == 1
+    rows, width = logits.shape
+    grid = (rows, triton.cdiv(width, 4096))
+    _launch(_gradient, grid, logits, local_targets, log_sum, scale, logits.stride(0), width, BLOCK=4096, num_warps=8)
+    return logits
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """See cross_entropy.scaled."""
+    out = torch.empty_like(x, dtype=dtype)
+    if out.numel():
+        _launch(_scaled, (triton.cdiv(x.numel(), 4096),), x, factor, out, x.numel(), BLOCK=4096)
+    return out
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:
+    if first.is_cuda:
+        with torch.cuda.device(first.device):  # Triton launches on the current device, whatever the tensors' device
+            kernel[grid](first, *args, **options)
+    else:
+        kernel[grid](first, *args, **options)

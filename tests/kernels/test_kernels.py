@@ -1,0 +1,130 @@
+"""Each fused kernel against the composition of torch operations it stands for, value and gradient."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, gelu, silu
+
+from ds_seqpar.kernels import cross_entropy as ce
+from ds_seqpar.kernels.gating import gated, gated_backward, known_activation
+from ds_seqpar.kernels.rotary import rotate
+
+ACTS = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
+
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
+NO_TRITON = importlib.util.find_spec("triton") is None
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request, monkeypatch):
+    """torch's own path on the CPU, or the Triton kernels: on a GPU, or under their interpreter."""
+    if request.param == "triton" and not (INTERPRETING or torch.cuda.is_available()):
+        pytest.skip("no GPU; the test below runs the kernels under Triton's interpreter")
+    monkeypatch.setattr("ds_seqpar.kernels.dispatch._has_triton", lambda: request.param == "triton")
+    return "cuda" if request.param == "triton" and not INTERPRETING else "cpu"
+
+
+@pytest.mark.skipif(
+    NO_TRITON or INTERPRETING or torch.cuda.is_available(), reason="Triton is missing, or runs directly"
+)
+def test_the_triton_kernels_under_their_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+def _randn(*shape, device, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gating_equals_torch(device, act, packed):
+    both = _randn(5, 2 * 1030, device=device)
+    gate, up = both.chunk(2, dim=-1) if packed else (x.contiguous() for x in both.chunk(2, dim=-1))
+    d = _randn(5, 1030, device=device, seed=1)
+    wanted_gate, wanted_up = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    wanted = ACTS[act](wanted_gate) * wanted_up
+    wanted.backward(d)
+    torch.testing.assert_close(gated(gate, up, act), wanted.detach())
+    dgate, dup, product = gated_backward(d.clone(), gate, up, act)
+    torch.testing.assert_close(dgate, wanted_gate.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dup, wanted_up.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(product, wanted.detach())
+
+
+def test_activations_are_known_by_their_values():
+    assert [known_activation(a) for a in ACTS.values()] == list(ACTS)
+    assert known_activation(torch.nn.SiLU()) == "silu"
+    assert known_activation(torch.relu) is None
+    assert known_activation(lambda x: silu(1.001 * x)) is None
+
+
+@pytest.mark.parametrize("width", [8, 24, 64])
+@pytest.mark.parametrize("batched_tables", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rotation_equals_rotate_half(device, width, batched_tables, transposed):
+    b, n, s = 2, 9, 3
+    x = _randn(b, s, n, width, device=device).transpose(1, 2) if transposed else _randn(b, n, s, width, device=device)
+    cos = _randn(b if batched_tables else 1, s, width, device=device, seed=1)  # any numbers: halves need not be equal
+    sin = _randn(b if batched_tables else 1, s, width, device=device, seed=2)
+    wanted_x = x.clone().requires_grad_()
+    half = torch.cat((-wanted_x[..., width // 2 :], wanted_x[..., : width // 2]), dim=-1)
+    wanted = wanted_x * cos.unsqueeze(1) + half * sin.unsqueeze(1)
+    dy = _randn(b, n, s, width, device=device, seed=3)
+    wanted.backward(dy)
+    x = x.requires_grad_()
+    got = rotate(x, cos, sin)
+    got.backward(dy)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(x.grad, wanted_x.grad)
+    assert got.stride() == x.stride()
+
+
+@pytest.mark.parametrize("parts", [(37,), (20, 17), (4100, 30)])
+def test_cross_entropy_over_parts_of_the_vocabulary(device, parts):
+    n, vocabulary = 6, sum(parts)
+    logits = 5 * _randn(n, vocabulary, device=device)
+    logits[0] += 100  # a maximum must be taken out, or exp overflows
+    targets = torch.tensor([0, vocabulary - 1, parts[0], -100, 3, 1]).clamp(max=vocabulary - 1).to(device)
+    wanted = logits.clone().requires_grad_()
+    losses = cross_entropy(wanted, targets, ignore_index=-100, reduction="none")
+    losses.sum().backward()
+    mine, locals_, start = [], [], 0
+    for width in parts:
+        mine.append(logits[:, start : start + width].contiguous())
+        locals_.append(targets - start)
+        start += width
+    stats = torch.stack([ce.statistics(z, t) for z, t in zip(mine, locals_, strict=True)])
+    top = stats[:, 0].max(0).values
+    log_sum = (stats[:, 1] * (stats[:, 0] - top).exp()).sum(0).log() + top
+    counted = (targets != -100).float()
+    torch.testing.assert_close((log_sum - stats[:, 2].sum(0)) * counted, losses.detach(), rtol=1e-5, atol=1e-4)
+    got = [ce.gradient_(z, t, log_sum, counted) for z, t in zip(mine, locals_, strict=True)]
+    torch.testing.assert_close(torch.cat(got, -1), wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_do_not_count_have_no_gradient_even_if_their_logits_overflowed(device):
+    logits = torch.tensor([[float("inf"), 1.0], [2.0, 1.0]], device=device)
+    targets = torch.tensor([-100, 0], device=device)
+    log_sum = torch.tensor([float("inf"), 2.3132617], device=device)
+    got = ce.gradient_(logits, targets, log_sum, torch.tensor([0.0, 1.0], device=device))
+    assert got[0].tolist() == [0.0, 0.0]
+    assert got[1].tolist() == pytest.approx([-0.268941, 0.268941], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float32, torch.float32)]
+)
+def test_scaling_rounds_once(device, dtypes):
+    x, factor = _randn(5, 1031, device=device).to(dtypes[0]), torch.tensor(1 / 3, device=device)
+    wanted = (x.double() * factor.double()).to(dtypes[1])
+    torch.testing.assert_close(ce.scaled(x, factor, dtypes[1]), wanted, rtol=1e-6, atol=0)
