@@ -217,7 +217,8 @@ class _Injection:
             eps = rms_norm_epsilon(module)
             if eps is not None:
                 module.fused_eps = eps  # type: ignore[assignment]
-                become(module, FusedRMSNorm)
+                module.weight_is_partial = self.state.partial.take_over(module.weight)  # type: ignore[assignment, arg-type]
+                self._boundary(module, FusedRMSNorm)
 
     def _defer_activation(self, block: nn.Module) -> None:
         for child in block.children():
@@ -310,6 +311,7 @@ class _Injection:
         siblings = tuple(c for c in columns if c.in_features == self.facts.hidden_size)
         for column in columns:
             column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]
+            column.outputs_live_together = not block.has_heads  # type: ignore[assignment]
         module.input_name = _first_argument(module)  # type: ignore[assignment]
         module.recomputable = not block.has_heads  # type: ignore[assignment]
         self._local_counts(block, module)

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 __all__ = ["Slot", "SymmetricMemory"]
 
+_ENOUGH_SLOTS = 3  # with these a backward pass never waits for a barrier of its own to reuse one
 _GRAIN = 2 << 20  # bytes; allocations of this memory come in such pages anyway
 
 
@@ -59,7 +60,7 @@ class SymmetricMemory:
             if slot.given_back is not None and slot.given_back < self._barriers:
                 slot.given_back = None
                 return slot
-        if fitting:
+        if fitting and len(self._slots) >= _ENOUGH_SLOTS:
             self.barrier()
             fitting[0].given_back = None
             return fitting[0]
@@ -79,7 +80,7 @@ class SymmetricMemory:
 
         torch.cuda.synchronize()
         torch.distributed.barrier(group=self._group)
-        self._slots = [slot for slot in self._slots if slot.given_back is None]  # all too small
+        self._slots = [s for s in self._slots if s.given_back is None or s.memory.nbytes >= nbytes]
         device = torch.device("cuda", torch.cuda.current_device())
         memory = symm_mem.empty((-(-nbytes // _GRAIN) * _GRAIN,), dtype=torch.uint8, device=device)
         slot = Slot(memory, symm_mem.rendezvous(memory, self._group))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from .adjacent import parted
 from .dispatch import runs_triton
 
 __all__ = ["Activation", "gated", "gated_backward", "known_activation"]
@@ -45,7 +46,7 @@ def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 
 def gated_backward(dproduct: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(dgate, dup, act(gate) * up), each [T, I_r]. `dproduct` may be overwritten."""
+    """(dgate, dup, act(gate) * up), each [T, I_r]; the first two side by side in memory. `dproduct` may be overwritten."""
     if runs_triton(gate):
         from . import triton_kernels as kernels
 
@@ -53,5 +54,6 @@ def gated_backward(dproduct: Tensor, gate: Tensor, up: Tensor, act: str) -> tupl
     with torch.enable_grad():
         gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
         product = _KNOWN[act](gate) * up
-    dgate, dup = torch.autograd.grad(product, (gate, up), dproduct)
+    grads = torch.autograd.grad(product, (gate, up), dproduct)
+    dgate, dup = parted(torch.cat(grads, dim=-1), [gate.shape[-1]] * 2)
     return dgate, dup, product.detach()

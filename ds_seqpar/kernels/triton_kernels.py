@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .adjacent import parted
+
 __all__ = ["cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rotate", "scaled"]
 
 
@@ -53,8 +55,8 @@ def _gated_backward(dout, gate, up, dgate, dup, gate_stride, up_stride, width, A
     g = tl.load(gate + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
     value, slope = _act(g, ACT)
-    tl.store(dgate + row * width + cols, d * u * slope, mask=mask)
-    tl.store(dup + row * width + cols, d * value, mask=mask)
+    tl.store(dgate + row * 2 * width + cols, d * u * slope, mask=mask)
+    tl.store(dup + row * 2 * width + cols, d * value, mask=mask)
     tl.store(dout + row * width + cols, value * u, mask=mask)  # the product takes its gradient's place
 
 
@@ -146,7 +148,8 @@ def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
 def gated_backward(dproduct: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     """See gating.gated_backward."""
     dproduct, gate, up = dproduct.contiguous(), _rows(gate), _rows(up)
-    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    # Side by side, so that what made gate and up together takes their gradients together.
+    dgate, dup = parted(gate.new_empty((gate.shape[0], 2 * gate.shape[1])), [gate.shape[1]] * 2)
     grid = (gate.shape[0], triton.cdiv(gate.shape[1], 1024))
     if dgate.numel():
         strides = (gate.stride(0), up.stride(0), gate.shape[1])

@@ -18,6 +18,7 @@ from ..comm.collectives import all_reduce
 from ..comm.exchange import Exchange
 from ..comm.regions import gather_columns
 from ..errors import SeqParError
+from ..kernels.adjacent import joined, parted
 from ..kernels.gating import gated, gated_backward
 from .handles import GatedProduct, GatheredInput, Handle, ShardedLogits, TokenShard
 from .norm import Remake
@@ -34,24 +35,36 @@ def _exchange(region: TokenRegion) -> Exchange:
 class _ColumnParallel(Function):
     """n linears over one input: [c, h] -> n x [T, out_r]; see ColumnParallelLinear.
 
-    `remake` and its tensors `made_of`, if given, compute x again in backward, and are kept in its place.
+    `remake` and its tensors `made_of`, if given, compute x again in backward, and are kept in its place. `together`: the
+    outputs may share memory, which lives as long as any of them; then weights that are adjacent in memory are one product.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, region: TokenRegion, n: int, remake: Remake | None, *parameters: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        region: TokenRegion,
+        n: int,
+        remake: Remake | None,
+        together: bool,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:n], parameters[n:]
         ctx.region, ctx.n, ctx.remake = region, n, remake
-        wants_dw = any(ctx.needs_input_grad[4 : 4 + n])
+        wants_dw = any(ctx.needs_input_grad[5 : 5 + n])
         kept = [] if not wants_dw else [x] if remake is None else remake.made_of
         ctx.save_for_backward(*weights, *kept)
         if not region.cut:
             return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
         ys = [x.new_empty((region.tokens, w.shape[0])) for w in weights]  # type: ignore[union-attr]
+        products = list(zip(ys, weights, biases, strict=True))
+        joint = joined(weights, 0) if together and not any(b is not None for b in biases) else None  # type: ignore[arg-type]
+        if joint is not None:
+            whole = x.new_empty((region.tokens, joint.shape[0]))
+            ys, products = parted(whole, [w.shape[0] for w in weights]), [(whole, joint, None)]  # type: ignore[union-attr]
         gathering = _exchange(region).gather(x, region.tokens)
         for rows, arrived in gathering.arrivals():
-            for y, w, b in zip(ys, weights, biases, strict=True):
+            for y, w, b in products:
                 _linear_into(y[rows], arrived, w, b)  # type: ignore[arg-type]
         gathering.release()
         return tuple(ys)
@@ -64,28 +77,33 @@ class _ColumnParallel(Function):
         weights, kept = saved[:n], saved[n:]
         wants_dx, wants_dw, wants_db = (
             ctx.needs_input_grad[0],
-            ctx.needs_input_grad[4 : 4 + n],
-            ctx.needs_input_grad[4 + n :],
+            ctx.needs_input_grad[5 : 5 + n],
+            ctx.needs_input_grad[5 + n :],
         )
+        joint_dy, joint_weight = joined(dys, 1), joined(weights, 0)
+        lefts, rights = (dys, weights) if joint_dy is None or joint_weight is None else ([joint_dy], [joint_weight])
         x = None if not kept else kept[0] if ctx.remake is None else ctx.remake(*kept).reshape(region.rows, -1)
         gathering = _exchange(region).gather(x, region.tokens) if region.cut and x is not None else None
         dx = scattering = None
         if wants_dx and region.cut:
             scattering = _exchange(region).scatter(region.tokens, weights[0].shape[1], dys[0])
             for rows, memory in scattering.parts():
-                _sum_of_products(memory, [dy[rows] for dy in dys], weights)
+                _sum_of_products(memory, [left[rows] for left in lefts], rights)
         elif wants_dx:
-            dx = _sum_of_products(dys[0].new_empty((region.tokens, weights[0].shape[1])), dys, weights)
+            dx = _sum_of_products(dys[0].new_empty((region.tokens, weights[0].shape[1])), lefts, rights)
             dx = dx if region.summed_later else all_reduce(dx, region.groups.tp_group)
         full: Any = gathering.whole() if gathering is not None else x
-        dws = [dy.t() @ full if wanted else None for dy, wanted in zip(dys, wants_dw, strict=True)]
+        if joint_dy is not None and all(wants_dw):
+            dws: Sequence[Tensor | None] = (joint_dy.t() @ full).split([dy.shape[1] for dy in dys])
+        else:
+            dws = [dy.t() @ full if wanted else None for dy, wanted in zip(dys, wants_dw, strict=True)]
         if gathering is not None:
-            del full
+            del full, x
             gathering.release()
         dbs = [dy.sum(0) if wanted else None for dy, wanted in zip(dys, wants_db, strict=True)]
         if scattering is not None:
             dx = scattering.wait()
-        return dx, None, None, None, *dws, *dbs
+        return dx, None, None, None, None, *dws, *dbs
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -167,8 +185,9 @@ def column_parallel(
     x, *parameters = _autocast(local, *weights, *biases)
     assert x is not None
     remake = remake if x is local else None  # autocast changed it
+    together = all(m.outputs_live_together for m in members if isinstance(m, ColumnParallelLinear))
     with torch.autocast(x.device.type, enabled=False):
-        outputs = _ColumnParallel.apply(x.reshape(region.rows, -1), region, len(members), remake, *parameters)  # type: ignore[no-untyped-call]
+        outputs = _ColumnParallel.apply(x.reshape(region.rows, -1), region, len(members), remake, together, *parameters)  # type: ignore[no-untyped-call]
     return [out.view(region.batch, region.seq, -1) for out in outputs]
 
 
@@ -201,6 +220,7 @@ class ColumnParallelLinear(nn.Linear):
 
     seqpar: ShardingState
     siblings: tuple[ColumnParallelLinear, ...] = ()
+    outputs_live_together: bool = False  # its siblings' outputs are kept for backward as long as its own
 
     def __call__(self, input: Tensor) -> Tensor:
         """[b, s, in] or its handle -> [b, s, out_r].

@@ -67,21 +67,27 @@ class FusedRMSNorm:
     Products of its output keep the norm's input instead and compute the output again (see Remake).
     """
 
+    seqpar: ShardingState
     weight: nn.Parameter
     fused_eps: float
+    weight_is_partial: bool  # its gradient is this rank's part of a sum
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., h] -> [..., h]; fp32 arithmetic inside, rounded once."""
-        x, weight, eps = hidden_states, self.weight, self.fused_eps
+        if not torch.is_grad_enabled():
+            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+        x, eps, state, weight = hidden_states, self.fused_eps, self.seqpar, self.weight
+        if self.weight_is_partial:
+            weight = state.partial.summed(self.weight, state.region.together if state.region else None)  # type: ignore[assignment]
         # In float64 the modules themselves compute in fp32, and are right to be compared with.
         if x.dtype != weight.dtype or x.dtype is torch.float64 or torch.is_autocast_enabled(x.device.type):
-            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+            wide = x.to(torch.float32)
+            return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
         normed = rms_norm(x, x.shape[-1:], weight, eps)
-        if torch.is_grad_enabled():
-            # ZeRO-3 takes the weight away after this forward and brings it back too late.
-            kept = weight.detach().clone() if hasattr(weight, "ds_id") else weight.detach()
-            remake = Remake(lambda x, weight: rms_norm(x, x.shape[-1:], weight, eps), (x.detach(), kept))
-            normed._seqpar_remake = remake  # type: ignore[attr-defined]
+        # ZeRO-3 takes the weight away after this forward and brings it back too late.
+        kept = weight.detach().clone() if hasattr(self.weight, "ds_id") else weight.detach()
+        remake = Remake(lambda x, weight: rms_norm(x, x.shape[-1:], weight, eps), (x.detach(), kept))
+        normed._seqpar_remake = remake  # type: ignore[attr-defined]
         return normed
 
 

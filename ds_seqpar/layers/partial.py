@@ -2,16 +2,45 @@
 
 A leaf tensor hook runs once a backward pass, on the gradient of that pass, before anything accumulates or reduces it:
 that is what makes gradient accumulation and every ZeRO stage right. Post-accumulate hooks would sum the running total again.
+Parameters whose module asks for them by `summed` are summed by an autograd edge instead, all of a forward in one all-reduce.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["PartialGradients"]
+
+
+class _SumGradients(Function):
+    """Identity of n parameters whose gradients are summed over the group, in fp32, in one all-reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.set_materialize_grads(False)  # an unused parameter keeps no gradient, as without us
+        return tuple(p.view_as(p) for p in parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = [grad for grad in grads if grad is not None]
+        if not there:
+            return (None, *grads)
+        dtype = torch.promote_types(there[0].dtype, torch.float32)
+        total = torch.cat([grad.reshape(-1).to(dtype) for grad in there])
+        dist.all_reduce(total, group=ctx.group)
+        sums = iter(total.split([grad.numel() for grad in there]))
+        return (None, *(None if grad is None else next(sums).view(grad.shape).to(grad.dtype) for grad in grads))
 
 
 class PartialGradients:
@@ -23,6 +52,8 @@ class PartialGradients:
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
         self._waiting: list[tuple[nn.Parameter, int, int]] = []
+        self._hooks: dict[int, RemovableHandle] = {}
+        self._taken_over: list[nn.Parameter] = []
 
     def add(self, parameter: nn.Parameter, slot: int = 0, slots: int = 1) -> None:
         """Registers a parameter. With `slots` > 1 only the ranks of the same `slot` hold copies and are summed."""
@@ -34,10 +65,44 @@ class PartialGradients:
         frozen = []
         for parameter, slot, slots in self._waiting:
             if parameter.requires_grad:
-                parameter.register_hook(lambda grad, slot=slot, slots=slots: self._sum(grad, slot, slots))
+                self._hooks[id(parameter)] = parameter.register_hook(
+                    lambda grad, slot=slot, slots=slots: self._sum(grad, slot, slots)
+                )
             else:
                 frozen.append((parameter, slot, slots))
         self._waiting = frozen
+
+    def take_over(self, parameter: nn.Parameter) -> bool:
+        """Whether `parameter` is registered; if so its module promises to use `summed(parameter)` and nothing else."""
+        handle = self._hooks.pop(id(parameter), None)
+        waiting = [entry for entry in self._waiting if entry[0] is not parameter]
+        if any(p is parameter for p in self._taken_over):
+            return True  # shared by two modules
+        found = handle is not None or len(waiting) < len(self._waiting)
+        self._waiting = waiting
+        if handle is not None:
+            handle.remove()
+        if found:
+            self._taken_over.append(parameter)
+        return found
+
+    def together(self) -> dict[int, Tensor]:
+        """id of a parameter -> the same values, for one forward; all gradients are summed in one all-reduce.
+
+        Leaves out what ZeRO-3 holds in parts, whose values are there only while its module runs.
+        """
+        here = [p for p in self._taken_over if p.requires_grad and not hasattr(p, "ds_id")]
+        if not here or not torch.is_grad_enabled():
+            return {}
+        return {id(p): x for p, x in zip(here, _SumGradients.apply(self._group, *here), strict=True)}  # type: ignore[no-untyped-call]
+
+    def summed(self, parameter: nn.Parameter, together: Mapping[int, Tensor] | None) -> Tensor:
+        """`parameter` as a module that took it over must use it: with the sum of its gradients over the group."""
+        if together is not None and id(parameter) in together:
+            return together[id(parameter)]
+        if not (parameter.requires_grad and torch.is_grad_enabled()):
+            return parameter
+        return _SumGradients.apply(self._group, parameter)[0]  # type: ignore[no-any-return, no-untyped-call]
 
     def _sum(self, grad: Tensor, slot: int, slots: int) -> Tensor:
         if slots == 1:

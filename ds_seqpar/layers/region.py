@@ -6,7 +6,7 @@ Legend: b batch, s sequence, T = b*s tokens, t tp_size, c = ceil(T/t), h hidden.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -38,6 +38,7 @@ class TokenRegion:
 
     `exchange` moves the rows; a region that is not cut needs none. `summed_later`: the gradient of a column-parallel
     linear's input stays this rank's part, because the gather that the input came from sums it.
+    `together`: see PartialGradients.together.
     """
 
     batch: int
@@ -46,6 +47,7 @@ class TokenRegion:
     groups: ParallelGroups
     exchange: Exchange | None = None
     summed_later: bool = False
+    together: Mapping[int, Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -120,7 +122,7 @@ class ShardingState:
         without gradients, single-token decoding runs as plain tensor parallelism.
         """
         cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
-        return TokenRegion(batch, seq, cut, self.groups, self.exchange)
+        return TokenRegion(batch, seq, cut, self.groups, self.exchange, together=self.partial.together())
 
     @contextmanager
     def within(self, region: TokenRegion | None) -> Iterator[None]:
