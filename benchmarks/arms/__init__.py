@@ -1,0 +1,42 @@
+"""The arms of the comparison: a name, what it is, and how it is built.
+
+An arm is a module with `build(case, **options) -> Workload`; it is imported on the ranks only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.case import Case
+from harness.workload import Workload
+
+__all__ = ["ARMS", "Arm"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`module.build(case, **options)` on one rank or on all; `needs` names a package that may be missing."""
+
+    title: str
+    module: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    one_rank: bool = False
+    needs: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    tiles: bool = False  # trades a second computation of parts for memory, also without recompute
+
+    def build(self, case: Case) -> Workload:
+        """The arm's model and step. Collective over the ranks."""
+        workload: Workload = importlib.import_module(f"arms.{self.module}").build(case, **self.options)
+        return workload
+
+
+ARMS: dict[str, Arm] = {
+    "unsharded": Arm("one GPU, transformers", "unsharded", one_rank=True),
+    "seqpar": Arm("ds_seqpar", "seqpar"),
+    "seqpar_overlap_off": Arm("ds_seqpar, overlap off", "seqpar", {"overlap": "off"}),
+    "seqpar_tp_only": Arm("ds_seqpar, sequence_parallel false", "seqpar", {"sequence_parallel": False}),
+}
