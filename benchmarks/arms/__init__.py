@@ -39,4 +39,15 @@ ARMS: dict[str, Arm] = {
     "seqpar": Arm("ds_seqpar", "seqpar"),
     "seqpar_overlap_off": Arm("ds_seqpar, overlap off", "seqpar", {"overlap": "off"}),
     "seqpar_tp_only": Arm("ds_seqpar, sequence_parallel false", "seqpar", {"sequence_parallel": False}),
+    "autotp": Arm("DeepSpeed AutoTP", "autotp"),
+    "autotp_vocab": Arm(
+        "AutoTP, vocab-parallel head, overlap", "autotp", {"vocab_parallel_lm_head": True, "tp_overlap_comm": True}
+    ),
+    "ulysses": Arm("DeepSpeed Ulysses, ZeRO-3", "ulysses", {"tiled": False}),
+    "ulysses_alst": Arm("Ulysses, ZeRO-3, tiled loss and MLP (ALST)", "ulysses", {"tiled": True}, tiles=True),
+    "dtensor": Arm("torch DTensor TP+SP, eager", "dtensor", {"compiled": False}),
+    "dtensor_compiled": Arm("torch DTensor TP+SP, layers compiled", "dtensor", {"compiled": True}),
+    "megatron": Arm(
+        "Megatron-core TP+SP", "megatron_core", needs="megatron.core", environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    ),
 }

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from harness.case import Case
 from harness.measure import device_of_rank
 from harness.weights import hf_model
-from harness.workload import Workload, adamw, engine_workload
+from harness.workload import Workload, adamw, engine_config, engine_workload
 
 import ds_seqpar
 
-__all__ = ["build", "engine_config"]
+__all__ = ["build"]
 
 
 def build(case: Case, **key: Any) -> Workload:
@@ -22,16 +22,3 @@ def build(case: Case, **key: Any) -> Workload:
     config["ds_seqpar"] = {"tp_size": dist.get_world_size(), "recompute": case.recompute, **key}
     engine, *_ = ds_seqpar.initialize(model=model, optimizer=adamw(model.parameters()), config=config)
     return engine_workload(engine)
-
-
-def engine_config(case: Case) -> dict[str, Any]:
-    """The DeepSpeed JSON that all DeepSpeed arms share."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": case.dtype == "bfloat16"},
-        "zero_optimization": {"stage": case.zero},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1_000_000,
-    }

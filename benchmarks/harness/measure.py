@@ -82,7 +82,7 @@ def measure(workload: Workload, case: Case, tokens: Tensor) -> dict[str, Any]:
         loss = workload.forward(tokens)
         memory["held_gib"] = _allocated(device) - before
         workload.backward(loss)
-        losses.append(float(loss.detach()))
+        losses.append(workload.reported(loss.detach()))
         del loss
         memory["static_gib"] = _allocated(device)
         memory["peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB if on_gpu else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -103,6 +104,7 @@ def _rank(
     rank: int, world: int, folder: str, log: Path, environment: dict[str, str], function: Callable[..., None], args: Any
 ) -> None:
     os.setsid()  # a group of its own, so that compile workers end with it
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the launcher, however that ends
     code = 1
     try:
         with open(log, "a", buffering=1) as file:

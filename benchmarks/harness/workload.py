@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LEARNING_RATE", "MasterAdamW", "Workload", "adamw", "engine_workload"]
+from .case import Case
+
+__all__ = ["LEARNING_RATE", "MasterAdamW", "Workload", "adamw", "engine_config", "engine_workload"]
 
 LEARNING_RATE = 1e-4
 
@@ -17,14 +20,15 @@ LEARNING_RATE = 1e-4
 class Workload:
     """One training step in its three parts.
 
-    forward(tokens [1, T]) -> the mean loss over the T - 1 predictions, alike on every rank; backward(loss) leaves whole
-    gradients, every communication they need included; step() updates the weights and drops the gradients.
+    forward(tokens [1, T]) -> the loss that backward(loss) takes, which leaves whole gradients, every communication they
+    need included; step() updates the weights and drops the gradients; reported(loss) is the mean over all T - 1 predictions.
     """
 
     model: nn.Module
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor], None]
     step: Callable[[], None]
+    reported: Callable[[Tensor], float] = float
 
 
 def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
@@ -51,6 +55,19 @@ class MasterAdamW:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.copy_(master)
             master.grad = None
+
+
+def engine_config(case: Case) -> dict[str, Any]:
+    """The DeepSpeed JSON that all DeepSpeed arms share."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": case.dtype == "bfloat16"},
+        "zero_optimization": {"stage": case.zero},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000,
+    }
 
 
 def engine_workload(engine: nn.Module) -> Workload:
