@@ -39,7 +39,7 @@ def build(case: Case, compiled: bool) -> Workload:
 
     def forward(tokens: Tensor) -> Tensor:
         targets = pad(tokens[:, 1:], (0, 1), value=-100)
-        logits = _logits(model, tokens, case.full_recompute)
+        logits = _logits(model, tokens, case.full_recompute, compiled)
         with loss_parallel():
             return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
@@ -90,9 +90,11 @@ def _parallelise(model: Any, mesh: Any) -> None:
         )
 
 
-def _logits(model: Any, tokens: Tensor, recompute: bool) -> Tensor:
+def _logits(model: Any, tokens: Tensor, recompute: bool, compiled: bool) -> Tensor:
     """LlamaForCausalLM.forward without its masks and positions, which it would read off the shard's length."""
     hidden: Tensor = model.model.embed_tokens(tokens)
+    if compiled:
+        hidden = hidden.clone()  # a compiled layer that is handed a collective still in flight loses its gradient's layout
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     rotation = model.model.rotary_emb(hidden, position_ids=positions)
     for layer in model.model.layers:
