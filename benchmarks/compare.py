@@ -204,11 +204,9 @@ def _rows(spool: Path, cases: list[Any], done: int) -> list[dict[str, Any]]:
 
 
 def _verdict(error: str) -> tuple[str, str]:
-    text = error.strip() or "ended without a word"
-    last = text.splitlines()[-1]
-    if "out of memory" in text.lower():
-        return "oom", last[:300]
-    return "crash", last[:300]
+    lines = error.strip().splitlines() or ["ended without a word"]
+    message = "\n".join(line for line in lines if not line.startswith(" "))  # not the source lines of the traceback
+    return ("oom" if "out of memory" in message.lower() else "crash"), lines[-1][:300]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -94,7 +94,9 @@ def _logits(model: Any, tokens: Tensor, recompute: bool, compiled: bool) -> Tens
     """LlamaForCausalLM.forward without its masks and positions, which it would read off the shard's length."""
     hidden: Tensor = model.model.embed_tokens(tokens)
     if compiled:
-        hidden = hidden.clone()  # a compiled layer that is handed a collective still in flight loses its gradient's layout
+        hidden = (
+            hidden.clone()
+        )  # a compiled layer that is handed a collective still in flight loses its gradient's layout
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     rotation = model.model.rotary_emb(hidden, position_ids=positions)
     for layer in model.model.layers:
