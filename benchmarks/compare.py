@@ -156,7 +156,9 @@ def run_arm(name: str, cases: list[Any], args: argparse.Namespace) -> Iterator[d
     arm = ARMS[name]
     log = args.out / "logs" / f"{name}.log"
     log.unlink(missing_ok=True)
-    left = list(cases)
+    left = [] if arm.missing() else list(cases)
+    if arm.missing():
+        yield from ({**asdict(case), "status": "missing", "error": f"{arm.needs} is not installed"} for case in cases)
     while left:
         world = 1 if arm.one_rank else args.ranks
         spool = args.out / "logs" / f"{name}.spool"

@@ -6,6 +6,7 @@ An arm is a module with `build(case, **options) -> Workload`; it is imported on 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,10 @@ class Arm:
     one_rank: bool = False
     needs: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    tiles: bool = False  # trades a second computation of parts for memory, also without recompute
+
+    def missing(self) -> bool:
+        """Whether the package that it needs is not installed."""
+        return self.needs is not None and importlib.util.find_spec(self.needs) is None
 
     def build(self, case: Case) -> Workload:
         """The arm's model and step. Collective over the ranks."""
@@ -44,10 +48,10 @@ ARMS: dict[str, Arm] = {
         "AutoTP, vocab-parallel head, overlap", "autotp", {"vocab_parallel_lm_head": True, "tp_overlap_comm": True}
     ),
     "ulysses": Arm("DeepSpeed Ulysses, ZeRO-3", "ulysses", {"tiled": False}),
-    "ulysses_alst": Arm("Ulysses, ZeRO-3, tiled loss and MLP (ALST)", "ulysses", {"tiled": True}, tiles=True),
+    "ulysses_alst": Arm("Ulysses, ZeRO-3, tiled loss and MLP (ALST)", "ulysses", {"tiled": True}),
     "dtensor": Arm("torch DTensor TP+SP, eager", "dtensor", {"compiled": False}),
     "dtensor_compiled": Arm("torch DTensor TP+SP, layers compiled", "dtensor", {"compiled": True}),
     "megatron": Arm(
-        "Megatron-core TP+SP", "megatron_core", needs="megatron.core", environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        "Megatron-core TP+SP", "megatron_core", needs="megatron", environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     ),
 }

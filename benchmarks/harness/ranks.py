@@ -67,11 +67,12 @@ class Ranks:
         return any(process.exitcode for process in self.processes)
 
     def end(self) -> None:
-        """Kills what still runs, with what it started."""
+        """Kills what still runs, and what the ranks started and left."""
         for process in self.processes:
-            if process.is_alive() and process.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
+            if process.pid:
+                with contextlib.suppress(ProcessLookupError):  # no group: it left nothing, or has yet to make one
                     os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
 
     def error(self) -> str:
