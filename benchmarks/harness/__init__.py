@@ -1,0 +1,1 @@
+"""What every arm shares: the case, the weights and tokens, the ranks, the measurement, the tables."""
