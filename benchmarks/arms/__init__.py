@@ -41,6 +41,7 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "unsharded": Arm("one GPU, transformers", "unsharded", one_rank=True),
     "seqpar": Arm("ds_seqpar", "seqpar"),
+    "seqpar_loop": Arm("ds_seqpar, plain loop", "seqpar_loop"),
     "seqpar_overlap_off": Arm("ds_seqpar, overlap off", "seqpar", {"overlap": "off"}),
     "seqpar_tp_only": Arm("ds_seqpar, sequence_parallel false", "seqpar", {"sequence_parallel": False}),
     "autotp": Arm("DeepSpeed AutoTP", "autotp"),
