@@ -30,8 +30,9 @@ from .checkpoint.gathering import gather_parameter, part_of
 from .config import KEY, Recompute, SeqParConfig
 from .errors import CheckpointError, ConfigError, PlanError
 from .groups import ParallelGroups
-from .hf import causal_lm_loss, describe, enable_full_recompute, require_model
+from .hf import causal_lm_loss, describe, enable_full_recompute, require_model, uses_sdpa
 from .inject import inject, report_of
+from .layers.attention import LEAST_TOKENS_FOR_CUDNN, prefers_cudnn
 from .layers.boundaries import ShardedBlock
 from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
@@ -88,6 +89,12 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         hf_model.loss_function = CausalLMLoss(loss)
     if config.recompute is Recompute.FULL:
         enable_full_recompute(hf_model)
+    if (
+        uses_sdpa(hf_model)
+        and get_accelerator().device_name() == "cuda"
+        and prefers_cudnn(get_accelerator().current_device())
+    ):
+        report.remarks.append(f"attention: SDPA takes cuDNN's kernel first, from {LEAST_TOKENS_FOR_CUDNN} tokens on")
     _tag(hf_model, report, groups)
     if comm.get_rank() == 0:
         _logger().info("%s", report)

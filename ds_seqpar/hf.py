@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from .errors import PlanError
 from .plan.facts import ModelFacts, ModuleFacts
 
-__all__ = ["causal_lm_loss", "describe", "enable_full_recompute", "require_model", "write_checkpoint"]
+__all__ = ["causal_lm_loss", "describe", "enable_full_recompute", "require_model", "uses_sdpa", "write_checkpoint"]
 
 
 def require_model(model: object) -> PreTrainedModel:
@@ -92,6 +92,11 @@ def causal_lm_loss(model: PreTrainedModel) -> Callable[..., Tensor] | None:
 def enable_full_recompute(model: PreTrainedModel) -> None:
     """Full recompute in Hugging Face's own way, so that `recompute` and gradient_checkpointing_enable() are one thing."""
     model.gradient_checkpointing_enable()
+
+
+def uses_sdpa(model: PreTrainedModel) -> bool:
+    """Whether the model's attention goes through torch's scaled_dot_product_attention."""
+    return str(getattr(model.config, "_attn_implementation", "")) == "sdpa"
 
 
 def write_checkpoint(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: Pa
     state = ShardingState(
         groups=groups,
         sequence_parallel=config.sequence_parallel,
-        exchange=Exchange(groups.tp_group, groups.tp_cpu_group, config.overlap is Overlap.AUTO),
+        exchange=Exchange(groups.tp_group, groups.tp_cpu_group, config.overlap is Overlap.AUTO, report.remark_later),
         recompute_mlp=config.recompute is Recompute.SELECTIVE,
         loss_chunk_tokens=config.loss_chunk_tokens,
         partial=PartialGradients(groups.tp_group),
@@ -194,6 +195,7 @@ class _Injection:
         self.model, self.facts, self.plan, self.state = model, facts, plan, state
         self.entries, self.remarks = report.entries, report.remarks
         self._cut_already: set[int] = set()
+        self.fused: Counter[str] = Counter()
 
     def run(self) -> None:
         for name in self.facts.modules:
@@ -213,17 +215,27 @@ class _Injection:
             self._boundary(self.model, ShardedTopModel)
 
     def _fuse_norms(self) -> None:
+        own_code: Counter[str] = Counter()
         for module in self.model.get_submodule(self.facts.base).modules():
             eps = rms_norm_epsilon(module)
+            if eps is None and "Norm" in type(module).__name__:
+                own_code[type(module).__name__] += 1
             if eps is not None:
+                self.fused["RMS norms"] += 1
                 module.fused_eps = eps  # type: ignore[assignment]
                 module.weight_is_partial = self.state.partial.take_over(module.weight)  # type: ignore[assignment, arg-type]
                 self._boundary(module, FusedRMSNorm)
+        if self.fused:
+            self.remarks.append("fused: " + ", ".join(f"{count} {what}" for what, count in self.fused.items() if count))
+        if own_code:
+            listed = ", ".join(f"{count} {name}" for name, count in own_code.items())
+            self.remarks.append(f"norms that run their own code: {listed}")
 
     def _defer_activation(self, block: nn.Module) -> None:
         for child in block.children():
             act = None if list(child.parameters()) or not callable(child) else _known_activation(child)
             if act is not None and not isinstance(child, DeferredActivation):
+                self.fused[f"{act} activations with their products"] += 1
                 child.act_name = act  # type: ignore[assignment]
                 self._boundary(child, DeferredActivation)
 
@@ -316,7 +328,7 @@ class _Injection:
         module.recomputable = not block.has_heads  # type: ignore[assignment]
         self._local_counts(block, module)
         if block.has_heads:
-            fuse_rotary(type(module).__module__)
+            self.fused["rotary embeddings"] += fuse_rotary(type(module).__module__)
         else:
             self._defer_activation(module)
         self._boundary(module, ShardedBlock)

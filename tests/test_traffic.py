@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from exactness import engine_for
 from models import batches, tiny
-from ranks import run_ranks
+from ranks import ON_GPU, run_ranks
 
 from ds_seqpar.comm import collectives
 
@@ -147,3 +147,13 @@ def test_recompute_keeps_less_and_full_keeps_the_input_shard_alone() -> None:
     assert full < selective < none
     # non-reentrant checkpointing holds its input outside saved tensors: nothing of a recomputed layer is in them but generator state
     assert full <= 2 * 16 // 2 * HIDDEN * 4 + 16384
+
+
+def test_a_layer_keeps_what_it_must_and_no_more() -> None:
+    """Residual inputs of both norms, q, k, v, attention output, gate, up; on the first of two ranks, which has 4 of 6 heads."""
+    tokens, rows, q, kv, intermediate = 2 * 16, 16, 4 * 8, 2 * 8, 25
+    must = 4 * (2 * rows * HIDDEN + tokens * (2 * q + 2 * kv + 2 * intermediate))
+    statistics = 4 * (2 * rows + 4 * tokens)  # one number a row of each norm, one a row and head of the softmax
+    normalised = 0 if ON_GPU else 4 * 2 * rows * HIDDEN  # torch's norm on the CPU is a composition that keeps x * rstd
+    held = run_ranks(2, _held, {})[0]
+    assert held == must + statistics + normalised

@@ -12,7 +12,7 @@ Legend: T tokens, t group size, c = ceil(T/t) rows a rank.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -72,9 +72,14 @@ class Transport(Protocol):
 class Exchange:
     """Gathers and scatters token rows over one group with the best transport there is."""
 
-    def __init__(self, group: ProcessGroup, cpu_group: ProcessGroup, overlap: bool) -> None:
-        """`cpu_group`: the same ranks over gloo. `overlap` False: plain collectives that are waited for at once."""
-        self._group, self._cpu_group, self._overlap = group, cpu_group, overlap
+    def __init__(
+        self, group: ProcessGroup, cpu_group: ProcessGroup, overlap: bool, tell: Callable[[str], None] | None = None
+    ) -> None:
+        """`cpu_group`: the same ranks over gloo. `overlap` False: plain collectives that are waited for at once.
+
+        `tell` is called once with a line that says which transport was chosen and why.
+        """
+        self._group, self._cpu_group, self._overlap, self._tell = group, cpu_group, overlap, tell
         self._collectives: Transport = _Collectives(group, overlap)
         self._copy_engines: Transport | None = None
         self._decided = not overlap
@@ -109,6 +114,8 @@ class Exchange:
         if why is None:
             self._copy_engines = _CopyEngines(self._group)
         self.remark = f"collectives on their own stream ({why})" if why else "copy engines over the GPUs' peer memory"
+        if self._tell is not None:
+            self._tell(f"token rows travel by {self.remark}")
 
     def _why_not(self, mine: tuple[Any, ...], everyone: list[tuple[Any, ...]]) -> str | None:
         if len(everyone) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,12 @@ class Report:
             for entry in self.entries
             for name, parameter in entry.parameters.items()
         }
+
+    def remark_later(self, remark: str) -> None:
+        """Adds what is known only once the model runs, and logs it on the first rank of the group."""
+        self.remarks.append(remark)
+        if self.tp_rank == 0:
+            logging.getLogger("ds_seqpar").info("ds_seqpar: %s", remark)
 
     def __str__(self) -> str:
         """A short table: one line for each distinct (old type, new type, kinds), with how many there are."""
