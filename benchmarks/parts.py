@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -256,7 +257,12 @@ class Parts:
                     "no collective of torch.distributed was seen in a step: its communication goes another way"
                 )
             copies = transfers = 0.0
+            if on_copy_engines := any(kind == "peer copy" for kind, _, _ in calls_a_step):
+                peer_rate = 64 * 2**20 / 2 / self.time(self._peer_copy(64)) / 1e6
             for (kind, rows, bytes_), count in calls_a_step.items():
+                if kind == "peer copy":  # beside the computation in both runs
+                    transfers += count * bytes_ / peer_rate / 1e6
+                    continue
                 part = torch.zeros(bytes_ // self.dtype.itemsize // rows, device=self.device, dtype=self.dtype)
                 whole = torch.zeros(part.numel() * rows, device=self.device, dtype=self.dtype)
                 run = {
@@ -271,7 +277,7 @@ class Parts:
             self.write(
                 "exposed", tokens=tokens, attention=case.attention, layers=case.layers, with_ms=took, without_ms=left,
                 stand_ins_ms=copies, exposed_ms=exposed, exposed_share=exposed / took, transfers_ms=transfers,
-                hidden_share=1 - exposed / transfers, transfers=sum(calls_a_step.values()),
+                hidden_share=1 - exposed / transfers, transfers=sum(calls_a_step.values()), copy_engines=on_copy_engines,
             )  # fmt: skip
             workload.model.destroy()
             del workload
@@ -298,6 +304,8 @@ def local_stand_ins() -> Iterator[Counter[tuple[str, int, int]]]:
     """
     import torch
     import torch.distributed as dist
+
+    from ds_seqpar.comm import symmetric
 
     calls: Counter[tuple[str, int, int]] = Counter()
 
@@ -332,6 +340,19 @@ def local_stand_ins() -> Iterator[Counter[tuple[str, int, int]]]:
     }
     stand_ins[dist.all_reduce] = reduce(dist.all_reduce)
     holders = [dist, *(module for name, module in sys.modules.items() if name.split(".")[0] == "ds_seqpar")]
+
+    def of(slot: Any, rank: int, shape: Any, dtype: Any, offset: int = 0) -> Any:
+        """A peer's memory is this rank's own: a copy that stays on the GPU, on the same stream."""
+        own = slot.handle.rank
+        if rank != own:
+            calls["peer copy", 1, math.prod(shape) * dtype.itemsize] += 1
+        return plain_of(slot, own, shape, dtype, offset)
+
+    def barrier(memory: Any) -> None:
+        memory._barriers += 1
+
+    plain_of, plain_barrier = symmetric.Slot.of, symmetric.SymmetricMemory.barrier
+    symmetric.Slot.of, symmetric.SymmetricMemory.barrier = of, barrier  # type: ignore[method-assign, assignment]
     places = [
         (holder, name, value)
         for holder in holders
@@ -343,6 +364,7 @@ def local_stand_ins() -> Iterator[Counter[tuple[str, int, int]]]:
     try:
         yield calls
     finally:
+        symmetric.Slot.of, symmetric.SymmetricMemory.barrier = plain_of, plain_barrier  # type: ignore[method-assign]
         for holder, name, value in places:
             setattr(holder, name, value)
 
