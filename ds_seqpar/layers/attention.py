@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch.backends import cuda
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 __all__ = ["LEAST_TOKENS_FOR_CUDNN", "fastest_attention", "prefers_cudnn"]
 
@@ -30,10 +30,16 @@ def fastest_attention(device: torch.device, tokens: int) -> AbstractContextManag
         return nullcontext()
     if not prefers_cudnn(device.index if device.index is not None else torch.cuda.current_device()):
         return nullcontext()
-    enabled = [
-        (SDPBackend.CUDNN_ATTENTION, cuda.cudnn_sdp_enabled()),
-        (SDPBackend.FLASH_ATTENTION, cuda.flash_sdp_enabled()),
-        (SDPBackend.EFFICIENT_ATTENTION, cuda.mem_efficient_sdp_enabled()),
-        (SDPBackend.MATH, cuda.math_sdp_enabled()),
-    ]
-    return sdpa_kernel([backend for backend, on in enabled if on], set_priority=True)
+    return _cudnn_first()
+
+
+@contextmanager
+def _cudnn_first() -> Iterator[None]:
+    # torch's own sdpa_kernel(set_priority=True) forgets the order of kernels that an outer sdpa_kernel switched off.
+    before = torch._C._get_sdp_priority_order()
+    cudnn = int(SDPBackend.CUDNN_ATTENTION)
+    torch._C._set_sdp_priority_order([cudnn, *(kernel for kernel in before if kernel != cudnn)])
+    try:
+        yield
+    finally:
+        torch._C._set_sdp_priority_order(before)

@@ -81,6 +81,7 @@ def test_attention_prefers_cudnn_among_what_the_user_allows(monkeypatch):
     assert order() == before
     with sdpa_kernel([SDPBackend.MATH]), attention.fastest_attention(gpu, 4096):
         assert cuda.math_sdp_enabled() and not (cuda.cudnn_sdp_enabled() or cuda.flash_sdp_enabled())
+    assert order() == before
     for device, tokens in ((torch.device("cpu"), 4096), (gpu, 64)):
         with attention.fastest_attention(device, tokens):
             assert order() == before
