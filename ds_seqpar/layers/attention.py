@@ -37,7 +37,7 @@ def fastest_attention(device: torch.device, tokens: int) -> AbstractContextManag
 def _cudnn_first() -> Iterator[None]:
     # torch's own sdpa_kernel(set_priority=True) forgets the order of kernels that an outer sdpa_kernel switched off.
     before = torch._C._get_sdp_priority_order()
-    cudnn = int(SDPBackend.CUDNN_ATTENTION)
+    cudnn = int(SDPBackend.CUDNN_ATTENTION)  # type: ignore[call-overload]
     torch._C._set_sdp_priority_order([cudnn, *(kernel for kernel in before if kernel != cudnn)])
     try:
         yield
