@@ -15,18 +15,22 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import groups as ds_groups
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from .checkpoint.gathering import gather_parameter, part_of
+from .checkpoint.resume import load_checkpoint, save_checkpoint
 from .config import KEY, Recompute, SeqParConfig
 from .errors import CheckpointError, ConfigError, PlanError
 from .groups import ParallelGroups
@@ -40,6 +44,9 @@ from .plan.report import ParameterEntry, Report
 __all__ = ["gathered", "initialize", "patch", "shard", "whole_parameter"]
 
 _plain_initialize = deepspeed.initialize
+
+SAFE_CLASSES = (fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum)
+"""What DeepSpeed's checkpoint files hold beside tensors and plain values."""
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -299,8 +306,15 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
         return plain_step(*args, **kwargs)
 
     engine.step = step
+    engine.save_checkpoint = _around(save_checkpoint, engine, engine.save_checkpoint)
+    engine.load_checkpoint = _around(load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES)
     if config.tp_size > 1 and engine.zero_optimization_stage() < 3:
         engine.save_16bit_model = _refuse_save_16bit
+
+
+def _around(ours: Callable[..., Any], engine: Any, plain: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A method of `engine` in place of `plain`, whose signature it shows: the HF Trainer reads it."""
+    return functools.wraps(plain)(functools.partial(ours, engine, plain, **options))
 
 
 def _refuse_save_16bit(*args: Any, **kwargs: Any) -> None:
