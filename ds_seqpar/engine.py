@@ -15,10 +15,13 @@ import copy
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
@@ -30,18 +33,21 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from .checkpoint.gathering import gather_parameter, part_of
+from .checkpoint.rendezvous import meet
 from .checkpoint.resume import load_checkpoint, save_checkpoint
+from .checkpoint.writing import write_together
 from .config import KEY, Recompute, SeqParConfig
-from .errors import CheckpointError, ConfigError, PlanError
+from .errors import ConfigError, PlanError
 from .groups import ParallelGroups
 from .hf import causal_lm_loss, describe, enable_full_recompute, require_model
 from .inject import inject, report_of
 from .layers.boundaries import ShardedBlock
 from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
+from .layers.region import ShardingState
 from .plan.report import ParameterEntry, Report
 
-__all__ = ["gathered", "initialize", "patch", "shard", "whole_parameter"]
+__all__ = ["export", "gathered", "initialize", "patch", "saved_buffers", "shard", "whole_parameter"]
 
 _plain_initialize = deepspeed.initialize
 
@@ -308,8 +314,7 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     engine.step = step
     engine.save_checkpoint = _around(save_checkpoint, engine, engine.save_checkpoint)
     engine.load_checkpoint = _around(load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES)
-    if config.tp_size > 1 and engine.zero_optimization_stage() < 3:
-        engine.save_16bit_model = _refuse_save_16bit
+    engine.save_16bit_model = engine.save_fp16_model = _around(_save_16bit_model, engine, engine.save_16bit_model)
 
 
 def _around(ours: Callable[..., Any], engine: Any, plain: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -317,11 +322,26 @@ def _around(ours: Callable[..., Any], engine: Any, plain: Callable[..., Any], **
     return functools.wraps(plain)(functools.partial(ours, engine, plain, **options))
 
 
-def _refuse_save_16bit(*args: Any, **kwargs: Any) -> None:
-    """Below stage 3 DeepSpeed's own would write rank 0's shards under the names of whole tensors."""
-    raise CheckpointError(
-        "engine.save_16bit_model would write shards; call ds_seqpar.save_pretrained(engine, folder) on all ranks"
+def _save_16bit_model(
+    engine: Any,
+    plain: Callable[..., Any],
+    save_dir: str | os.PathLike[str],
+    save_filename: str = "pytorch_model.bin",
+    exclude_frozen_parameters: bool = False,
+) -> bool:
+    """DeepSpeed's `save_16bit_model` with whole tensors, at every ZeRO stage: an ordinary Hugging Face checkpoint.
+
+    Weights beyond 50 GB are split as Hugging Face splits them. A name that ends in .safetensors is written as safetensors.
+    """
+    export(
+        engine,
+        Path(save_dir),
+        "engine.save_16bit_model",
+        save_filename,
+        "50GB",
+        without_frozen=exclude_frozen_parameters,
     )
+    return True
 
 
 def gathered(engine_or_model: Any) -> tuple[nn.Module, Report]:
@@ -339,3 +359,37 @@ def whole_parameter(parameter: nn.Parameter, entry: ParameterEntry, groups: Para
         data = parameter.detach()
         whole = data.clone() if entry.cut is None else gather_parameter(data, entry.cut, groups.tp_group)
     return whole
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint holds, by name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def export(
+    engine_or_model: Any, folder: Path, what: str, weights_name: str, max_shard_size: int | str, *, tokenizer: Any = None,
+    without_frozen: bool = False,
+) -> None:  # fmt: skip
+    """Writes an ordinary Hugging Face checkpoint from all ranks; `what` is the call that a user made."""
+    model, report = gathered(engine_or_model)
+    state: ShardingState = model.seqpar  # type: ignore[assignment]
+    meet(what, state.groups.world_cpu_group)
+    entries, buffers = report.parameters(), saved_buffers(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    whole = {
+        name: torch.empty(entries[name].shape, dtype=p.dtype, device="meta")
+        for name, p in parameters.items()
+        if p.requires_grad or not without_frozen
+    }
+    whole |= {name: buffer.to("meta") for name, buffer in buffers.items()}
+
+    def fetch(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name]
+        return whole_parameter(parameters[name], entries[name], state.groups)
+
+    write_together(
+        model, folder.resolve(), whole, fetch, state.groups.world_cpu_group, max_shard_size=max_shard_size,
+        weights_name=weights_name, tokenizer=tokenizer,
+    )  # fmt: skip

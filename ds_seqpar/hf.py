@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from .errors import PlanError
 from .plan.facts import ModelFacts, ModuleFacts
 
-__all__ = ["causal_lm_loss", "describe", "enable_full_recompute", "require_model", "write_checkpoint"]
+__all__ = [
+    "as_saved", "causal_lm_loss", "describe", "enable_full_recompute", "names_in_file", "require_model", "split_into_files",
+    "write_config",
+]  # fmt: skip
 
 
 def require_model(model: object) -> PreTrainedModel:
@@ -94,10 +100,33 @@ def enable_full_recompute(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable()
 
 
-def write_checkpoint(
-    model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor], tokenizer: Any = None
-) -> None:
-    """Writes config, generation config, weights (and tokenizer) as `save_pretrained` of an unsharded model would."""
-    PreTrainedModel.save_pretrained(model, str(folder), state_dict=state_dict)
+def names_in_file(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a whole state dict on the meta device that a checkpoint holds: one of tied ones, none that are never saved."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    return remove_tied_weights_from_state_dict(kept, model)  # type: ignore[no-any-return]
+
+
+def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Some of the model's tensors under the names, and in the layout, of the original checkpoint."""
+    return revert_weight_conversion(model, dict(tensors))  # type: ignore[no-any-return]
+
+
+def split_into_files(
+    tensors: Mapping[str, Tensor], max_shard_size: int | str, weights_name: str
+) -> tuple[dict[str, list[str]], int]:
+    """(file name -> names of its tensors, in their order; bytes in all), as Hugging Face splits and names them."""
+    stem, dot, suffix = weights_name.rpartition(".")
+    split = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern=f"{stem}{{suffix}}{dot}{suffix}", max_shard_size=max_shard_size
+    )
+    return split.filename_to_tensors, sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def write_config(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
+    """Everything of a checkpoint but its weights: config, generation config, the code of a custom model, the tokenizer."""
+    PreTrainedModel.save_pretrained(model, str(folder), state_dict={})
+    for weights in folder.glob("model*.safetensors*"):
+        weights.unlink()
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
