@@ -24,6 +24,15 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.affine import AFFINE_MAP_FORMAT_VERSION
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AFFINE_MAP_PARAMS,
+    AFFINE_MAP_VERSION,
+    DS_AUTOTP_UC_META,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
@@ -35,6 +44,7 @@ from torch import Tensor, nn
 from .checkpoint.gathering import gather_parameter, part_of
 from .checkpoint.rendezvous import meet
 from .checkpoint.resume import load_checkpoint, save_checkpoint
+from .checkpoint.universal import affine_map, affine_maps
 from .checkpoint.writing import write_together
 from .config import KEY, Recompute, SeqParConfig
 from .errors import ConfigError, PlanError
@@ -258,7 +268,15 @@ def _tag(model: nn.Module, report: Report, groups: ParallelGroups) -> None:
     model.ds_autotp_parsed = True  # type: ignore[assignment]
     entries = report.parameters()
     by_identity = {id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)}
-    for parameter in model.parameters():
+    maps = {
+        name: affine_map(entries[name].shape, entries[name].cut, groups.tp_size) for name, _ in model.named_parameters()
+    }
+    model.universal_checkpoint_info = {  # type: ignore[assignment]
+        UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+        AFFINE_MAP: {AFFINE_MAP_VERSION: AFFINE_MAP_FORMAT_VERSION, AFFINE_MAP_PARAMS: affine_maps(maps)},
+    }
+    for name, parameter in model.named_parameters():
+        setattr(parameter, DS_AUTOTP_UC_META, {"conversion": {"affine_map": maps[name]}})
         cut = by_identity[id(parameter)].cut
         if cut is None:
             continue

@@ -7,6 +7,7 @@ says what was saved, and a load compares it with the running model before anythi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -24,6 +25,7 @@ from ..errors import CheckpointError
 from ..layers.region import ShardingState
 from ..plan.report import Report
 from . import manifest as manifests
+from . import universal
 from .manifest import IDENTITY_KEY, MANIFEST
 from .rendezvous import agreed, everyones, from_first_rank, meet
 
@@ -126,6 +128,9 @@ def load_checkpoint(
         load_module_only=load_module_only,
         custom_load_fn=custom_load_fn,
     )
+    if engine.load_universal_checkpoint():
+        with safe_reading(safe_classes):
+            return _load_universal(engine, plain, Path(load_dir).resolve(), tag, options)
     found: Any = None
     what = f"no checkpoint was loaded from {load_dir}"
     with agreed(what, group):
@@ -152,6 +157,37 @@ def load_checkpoint(
     (client_state or {}).pop(IDENTITY_KEY, None)
     if whole and saved["dp_size"] == here["dp_size"]:
         _restore_random(folder / _random_file(dist.get_rank()))
+    return path, client_state
+
+
+def _load_universal(
+    engine: Any, plain: Plain, load_dir: Path, tag: str | None, options: dict[str, Any]
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Weights, optimizer, schedule and counters of a run of any size and ZeRO stage; random states stay this run's."""
+    state: ShardingState = engine.module.seqpar
+    group = state.groups.world_cpu_group
+    trained = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+    frozen = sum(not p.requires_grad for p in engine.module.parameters())
+    folder = load_dir
+    with agreed(f"no checkpoint was loaded from {load_dir}", group):
+        if dist.get_rank() == 0:
+            found = tag if tag is not None else _read_latest(load_dir / f"{LATEST}_universal")
+            if found is None:
+                raise CheckpointError(f"{load_dir} has no {LATEST}_universal, and no tag was given")
+            folder = load_dir / str(found)
+            saved = universal.require_universal(folder, _identity(engine), trained)
+            universal.complete(folder, saved)
+            if frozen:
+                logging.getLogger("ds_seqpar").warning(
+                    "universal checkpoints hold what the optimizer trains: %d frozen parameters keep the values they have",
+                    frozen,
+                )
+    folder = from_first_rank(folder, group)
+    path, client_state = plain(str(folder.parent), tag=folder.name, **options)
+    if options["load_optimizer_states"] and not options["load_module_only"] and engine.zero_optimization_stage() == 3:
+        universal.repair_optimizer(engine.optimizer.optimizer, folder)
+    state.generation += 1
+    (client_state or {}).pop(IDENTITY_KEY, None)
     return path, client_state
 
 
