@@ -50,14 +50,14 @@ from .config import KEY, Recompute, SeqParConfig
 from .errors import ConfigError, PlanError
 from .groups import ParallelGroups
 from .hf import causal_lm_loss, describe, enable_full_recompute, require_model
-from .inject import inject, report_of
+from .inject import PartlyLoaded, inject, report_of
 from .layers.boundaries import ShardedBlock
 from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
 from .layers.region import ShardingState
 from .plan.report import ParameterEntry, Report
 
-__all__ = ["export", "gathered", "initialize", "patch", "saved_buffers", "shard", "whole_parameter"]
+__all__ = ["export", "gathered", "groups_of", "initialize", "patch", "saved_buffers", "shard", "whole_parameter"]
 
 _plain_initialize = deepspeed.initialize
 
@@ -103,10 +103,17 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     if not isinstance(config, SeqParConfig):
         config = SeqParConfig.from_json(config)
     hf_model = require_model(model)
-    facts = describe(hf_model)
+    loaded: PartlyLoaded | None = vars(hf_model).get("seqpar_loaded")
+    if loaded is not None and loaded.tp_size != config.tp_size:
+        raise ConfigError(
+            f'the model was loaded for tp_size {loaded.tp_size}, but "{KEY}.tp_size" is {config.tp_size}; load it with this config'
+        )
+    facts = loaded.facts if loaded is not None else describe(hf_model)
     loss = causal_lm_loss(hf_model)
     groups = _tensor_parallel_groups(config.tp_size)
-    report = inject(hf_model, facts, config, groups)
+    report = inject(hf_model, facts, config, groups, already_cut=loaded is not None)
+    for mark in ("seqpar_loaded", "save_pretrained", "resize_token_embeddings") if loaded is not None else ():
+        delattr(hf_model, mark)
     if loss is not None and facts.head is not None:
         hf_model.loss_function = CausalLMLoss(loss)
     if config.recompute is Recompute.FULL:
@@ -249,6 +256,20 @@ def _batch_sizes(ds_config: Mapping[str, Any], dp_size: int) -> dict[str, int]:
             "(ranks / tp_size); correct it or leave it out"
         )
     return {names[1]: micro, names[2]: accumulation}
+
+
+def groups_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> ParallelGroups | None:
+    """The groups that a DeepSpeed config asks for, made if need be; None if it does not hold the key, or disables it."""
+    ds_config = _ds_config({"config": dict(config) if isinstance(config, Mapping) else os.fspath(config)})
+    if ds_config is None or KEY not in ds_config:
+        return None
+    section = SeqParConfig.from_json(ds_config[KEY])
+    if not section.enabled:
+        return None
+    if not comm.is_initialized():
+        comm.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    _translated(ds_config, section)
+    return _tensor_parallel_groups(section.tp_size)
 
 
 def _tensor_parallel_groups(tp_size: int) -> ParallelGroups:

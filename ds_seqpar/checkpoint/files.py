@@ -1,10 +1,12 @@
-"""Weight files written tensor by tensor: what a file will hold is laid out first, then each tensor goes to its place."""
+"""Weight files read and written in pieces: no more of a file is in memory, or leaves the disk, than is asked for."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..plan.cuts import Cut
 
-__all__ = ["DTYPE_NAMES", "PickledFile", "SafetensorsFile", "WeightFile", "as_bytes"]
+__all__ = ["DTYPE_NAMES", "LazyTensor", "PickledFile", "SafetensorsFile", "WeightFile", "as_bytes", "lazy_tensors"]
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -97,3 +100,78 @@ class PickledFile:
     def close(self) -> None:
         if self._names:
             raise CheckpointError(f"{next(iter(self._names - self._held.keys()))} was not written")
+
+
+@dataclass
+class LazyTensor:
+    """A tensor in a safetensors file. `tensor[...]` reads it, or, where it is cut, this rank's part and nothing else."""
+
+    path: Path
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    cut: Cut | None = None
+    rank: int = 0
+
+    def get_shape(self) -> list[int]:
+        """As the file has it, whole."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """In the words of the safetensors format."""
+        return DTYPE_NAMES[self.dtype]
+
+    def __getitem__(self, index: object) -> Tensor:
+        if index is not Ellipsis:
+            raise CheckpointError(f"a lazily read tensor is read as a whole, with [...], not {index!r}")
+        dim, size = (0, self.shape[0] if self.shape else 1) if self.cut is None else (self.cut.dim, self.cut.size)
+        if self.shape and self.shape[dim] != size:
+            raise CheckpointError(
+                f"{self.path}: dimension {dim} of a tensor of shape {list(self.shape)} should be {size}"
+            )
+        ranges = ((0, size),) if self.cut is None else self.cut.ranges[self.rank]
+        held = sum(stop - start for start, stop in ranges)
+        local = (*self.shape[:dim], held, *self.shape[dim + 1 :]) if self.shape else ()
+        result = torch.empty(local, dtype=self.dtype)
+        inner = math.prod(self.shape[dim + 1 :]) * result.element_size()
+        outer = math.prod(self.shape[:dim])
+        data, done = as_bytes(result), 0
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            for block in range(outer):
+                for start, stop in ranges:
+                    length = (stop - start) * inner
+                    self._read(file, data[done : done + length], self.begin + (block * size + start) * inner)
+                    done += length
+        finally:
+            os.close(file)
+        return result
+
+    def _read(self, file: int, into: memoryview, offset: int) -> None:
+        while into:
+            count = os.preadv(file, [into], offset)
+            if not count:
+                raise CheckpointError(f"{self.path} is truncated")
+            into, offset = into[count:], offset + count
+
+
+def lazy_tensors(path: Path) -> dict[str, LazyTensor]:
+    """Name -> tensor of a safetensors file, of which only the header is read. Raises CheckpointError if it is damaged."""
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    size = path.stat().st_size
+    with open(path, "rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise CheckpointError(f"{path} is truncated, or not a safetensors file")
+        header = json.loads(file.read(length))
+    found = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        start, stop = about["data_offsets"]
+        if about["dtype"] not in dtypes:
+            raise CheckpointError(f"{path}: {name} has dtype {about['dtype']}, which cannot be read in slices")
+        if 8 + length + stop > size:
+            raise CheckpointError(f"{path} is truncated: {name} ends at byte {8 + length + stop} of {size}")
+        found[name] = LazyTensor(path, 8 + length + start, dtypes[about["dtype"]], tuple(about["shape"]))
+    return found
