@@ -133,14 +133,14 @@ def _memory_of_a_save(stage: int, folder: str) -> tuple[int, int]:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, stage, 1, 1)
     peak_growth(lambda: ds_seqpar.save_pretrained(engine, folder))  # a first save loads code
-    growth = peak_growth(lambda: ds_seqpar.save_pretrained(engine, folder, max_shard_size="48MB"))
+    growth = peak_growth(lambda: ds_seqpar.save_pretrained(engine, folder, max_shard_size="100MB"))
     return size, growth
 
 
 def test_no_rank_holds_more_than_one_file(tmp_path: Path) -> None:
     for size, growth in run_ranks(2, _memory_of_a_save, 1, str(tmp_path / "x")):
-        assert size > 190e6
-        assert growth < 48e6, f"a save of {size / 1e6:.0f} MB took {growth / 1e6:.0f} MB"
+        assert size > 400e6
+        assert growth < 100e6, f"a save of {size / 1e6:.0f} MB took {growth / 1e6:.0f} MB"
     assert len(list((tmp_path / "x").glob("*.safetensors"))) > 3
 
 
