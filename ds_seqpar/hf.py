@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, core_model_loading
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -25,8 +27,8 @@ from .errors import CheckpointError, PlanError
 from .plan.facts import ModelFacts, ModuleFacts
 
 __all__ = [
-    "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "enable_full_recompute", "loading_parts",
-    "names_in_file", "require_model", "split_into_files", "write_config",
+    "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "empty_model",
+    "enable_full_recompute", "loading_parts", "names_in_file", "require_model", "split_into_files", "write_config",
 ]  # fmt: skip
 
 
@@ -217,6 +219,19 @@ def split_into_files(
         dict(tensors), filename_pattern=f"{stem}{{suffix}}{dot}{suffix}", max_shard_size=max_shard_size
     )
     return split.filename_to_tensors, sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model that a saved config describes, on the meta device. Raises CheckpointError for a class transformers lacks."""
+    config = AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["none"])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise CheckpointError(
+            f"{folder / 'config.json'} names the class {name}, which transformers {transformers.__version__} lacks"
+        )
+    with torch.device("meta"):
+        return cls(config)
 
 
 def write_config(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:

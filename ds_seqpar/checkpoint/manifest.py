@@ -18,11 +18,14 @@ from ..plan.cuts import Cut
 from ..plan.report import ParameterEntry
 
 __all__ = [
-    "IDENTITY_KEY", "MANIFEST", "cut_of", "describe_parameters", "fingerprint", "read_manifest", "require_files",
+    "CONFIG_FOLDER", "IDENTITY_KEY", "MANIFEST", "cut_of", "describe_parameters", "fingerprint", "read_manifest", "require_files",
     "require_same_layout", "require_same_model",
 ]  # fmt: skip
 
 MANIFEST = "ds_seqpar_manifest.json"
+CONFIG_FOLDER = "huggingface"
+"""The model's config, so that a checkpoint can be read where the model is not."""
+
 IDENTITY_KEY = "ds_seqpar"
 """Where DeepSpeed's model files repeat the manifest, without the list of files."""
 
@@ -87,7 +90,8 @@ def _others(folder: Path) -> str:
 
 
 def require_files(folder: Path, manifest: Mapping[str, Any], mine: Mapping[str, int] | None = None) -> None:
-    """Checks that all files of a checkpoint are there, and the contents of a rank's own (`mine`: its tp_rank and dp_rank).
+    """Checks that all files of a checkpoint are there, and the contents of those a rank reads (`mine`: its tp_rank and dp_rank),
+    or of all.
 
     Raises CheckpointError naming the first file that is missing, cut short, or another rank's or another save's.
     """
@@ -97,12 +101,12 @@ def require_files(folder: Path, manifest: Mapping[str, Any], mine: Mapping[str, 
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        size = path.stat().st_size
         if mine is not None and not _is_read_by(about, mine):
             continue
-        if size < about["size"]:
-            raise CheckpointError(f"{path} is truncated: it has {size} of {about['size']} bytes")
-        found = fingerprint(path)
+        try:
+            found = fingerprint(path)
+        except CheckpointError as problem:
+            raise CheckpointError(f"{problem}; it has {path.stat().st_size} bytes, of {about['size']} that were saved") from None
         if found == about["fingerprint"]:
             continue
         if found in owner:

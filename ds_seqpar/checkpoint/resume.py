@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import CheckpointError
+from ..hf import write_config
 from ..layers.region import ShardingState
 from ..plan.report import Report
 from . import manifest as manifests
 from . import universal
-from .manifest import IDENTITY_KEY, MANIFEST
+from .manifest import CONFIG_FOLDER, IDENTITY_KEY, MANIFEST
 from .rendezvous import agreed, everyones, from_first_rank, meet
 
 __all__ = ["load_checkpoint", "recover", "safe_reading", "save_checkpoint"]
@@ -89,6 +90,8 @@ def save_checkpoint(
                     raise CheckpointError(
                         f"{aside / name}, which another rank wrote, is not visible here: use a folder that all see"
                     )
+            (aside / CONFIG_FOLDER).mkdir()
+            write_config(engine.module, aside / CONFIG_FOLDER)
             _write_durably(aside / MANIFEST, json.dumps(identity | {"files": files}, indent=1))
             _into_place(aside, target, before)
             if save_latest:

@@ -17,7 +17,16 @@ from ..hf import as_saved, names_in_file, split_into_files, write_config
 from .files import PickledFile, SafetensorsFile, WeightFile
 from .rendezvous import agreed
 
-__all__ = ["SAFE_WEIGHTS", "PlannedTensors", "plan_tensors", "write_model", "write_together"]
+__all__ = [
+    "PICKLED_WEIGHTS",
+    "SAFE_WEIGHTS",
+    "PlannedTensors",
+    "begin",
+    "finish",
+    "plan_tensors",
+    "write_model",
+    "write_together",
+]
 
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 WEIGHT_FILES = ("model*.safetensors", "model*.index.json", "pytorch_model*.bin", "pytorch_model*.index.json")
@@ -160,15 +169,12 @@ def write_together(
     Raises CheckpointError on every rank.
     """
     what, writes = f"the checkpoint was not written: {target}", rank_in_run() == 0
-    aside, before = (target.with_name(f".{target.name}.{word}") for word in ("partial", "before"))
+    aside = _aside(target)
     planned: list[PlannedTensors] = []
     with agreed(what, group):
         planned += plan_tensors(model, whole)
         if writes:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _recover(target, before)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
+            begin(target)
             write_config(model, aside, tokenizer)
     error: Exception | None = None
     try:
@@ -181,10 +187,29 @@ def write_together(
         if error is not None:
             raise error
         if writes:
-            if target.exists():
-                target.rename(before)
-            aside.rename(target)
-            _recover(target, before)
+            finish(target)
+
+
+def _aside(target: Path, word: str = "partial") -> Path:
+    return target.with_name(f".{target.name}.{word}")
+
+
+def begin(target: Path) -> Path:
+    """An empty folder beside `target`, to be filled."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target, _aside(target, "before"))
+    shutil.rmtree(_aside(target), ignore_errors=True)
+    _aside(target).mkdir()
+    return _aside(target)
+
+
+def finish(target: Path) -> None:
+    """Puts the folder that `begin` made in the place of `target`."""
+    before = _aside(target, "before")
+    if target.exists():
+        target.rename(before)
+    _aside(target).rename(target)
+    _recover(target, before)
 
 
 def _recover(target: Path, before: Path) -> None:

@@ -128,19 +128,19 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
 def _memory_of_a_save(stage: int, folder: str) -> tuple[int, int]:
     """(bytes of the model, growth of the peak of this rank's memory while it is saved)."""
     model = tiny(
-        "mistral", hidden_size=1024, intermediate_size=2048, num_hidden_layers=6, vocab_size=4096, head_dim=128
+        "mistral", hidden_size=512, intermediate_size=1024, num_hidden_layers=24, vocab_size=1024, head_dim=128
     )
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, stage, 1, 1)
     peak_growth(lambda: ds_seqpar.save_pretrained(engine, folder))  # a first save loads code
-    growth = peak_growth(lambda: ds_seqpar.save_pretrained(engine, folder, max_shard_size="100MB"))
+    growth = peak_growth(lambda: ds_seqpar.save_pretrained(engine, folder, max_shard_size="64MB"))
     return size, growth
 
 
 def test_no_rank_holds_more_than_one_file(tmp_path: Path) -> None:
     for size, growth in run_ranks(2, _memory_of_a_save, 1, str(tmp_path / "x")):
-        assert size > 400e6
-        assert growth < 100e6, f"a save of {size / 1e6:.0f} MB took {growth / 1e6:.0f} MB"
+        assert size > 190e6
+        assert growth < 64e6, f"a save of {size / 1e6:.0f} MB took {growth / 1e6:.0f} MB"
     assert len(list((tmp_path / "x").glob("*.safetensors"))) > 3
 
 

@@ -22,17 +22,20 @@ SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "total_n
 
 def engine_at(
     family: str, tp: int, stage: int, *, dtype: torch.dtype = torch.float32, groups: int = 2, own: dict[str, Any] | None = None,
-    seed: int = 0, **ds: Any,
+    seed: int = 0, freeze: tuple[str, ...] = (), **ds: Any,
 ) -> Any:  # fmt: skip
-    """AdamW, clipped, with weight decay on matrices alone (`groups` = 2) and a schedule."""
+    """AdamW, clipped, with weight decay on matrices alone (`groups` = 2) and a schedule. Names that hold a word of `freeze` are frozen."""
     model = tiny(family, dtype=dtype, seed=seed, **(own or {})).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(word in name for word in freeze))
     trained = [p for p in model.parameters() if p.requires_grad]
-    sets = [{"params": trained}]
+    sets: list[dict[str, Any]] = [{"params": trained}]
     if groups == 2:
         sets = [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
         ]
+        sets = [group for group in sets if group["params"]]
     optimizer = torch.optim.AdamW(sets, lr=1e-2, eps=1e-6)
     if dtype == torch.bfloat16:
         ds["bf16"] = {"enabled": True}
