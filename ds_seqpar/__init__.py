@@ -4,6 +4,7 @@ Importing this package makes `deepspeed.initialize` look for the key `ds_seqpar`
 """
 
 from .checkpoint.export import full_state_dict, save_pretrained
+from .checkpoint.loading import from_pretrained, loading
 from .config import SeqParConfig
 from .engine import initialize, patch, shard
 from .errors import CheckpointError, ConfigError, DataMismatchError, PlanError, SeqParError
@@ -17,8 +18,10 @@ __all__ = [
     "Report",
     "SeqParConfig",
     "SeqParError",
+    "from_pretrained",
     "full_state_dict",
     "initialize",
+    "loading",
     "save_pretrained",
     "shard",
 ]

@@ -15,32 +15,55 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.affine import AFFINE_MAP_FORMAT_VERSION
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AFFINE_MAP_PARAMS,
+    AFFINE_MAP_VERSION,
+    DS_AUTOTP_UC_META,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import groups as ds_groups
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from .checkpoint.gathering import gather_parameter, part_of
+from .checkpoint.rendezvous import meet
+from .checkpoint.resume import load_checkpoint, save_checkpoint
+from .checkpoint.universal import affine_map, affine_maps
+from .checkpoint.writing import write_together
 from .config import KEY, Recompute, SeqParConfig
-from .errors import CheckpointError, ConfigError, PlanError
+from .errors import ConfigError, PlanError
 from .groups import ParallelGroups
 from .hf import causal_lm_loss, describe, enable_full_recompute, require_model, uses_sdpa
-from .inject import inject, report_of
+from .inject import PartlyLoaded, inject, report_of
 from .layers.attention import LEAST_TOKENS_FOR_CUDNN, prefers_cudnn
 from .layers.boundaries import ShardedBlock
 from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
+from .layers.region import ShardingState
 from .plan.report import ParameterEntry, Report
 
-__all__ = ["gathered", "initialize", "patch", "shard", "whole_parameter"]
+__all__ = ["export", "gathered", "groups_of", "initialize", "patch", "saved_buffers", "shard", "whole_parameter"]
 
 _plain_initialize = deepspeed.initialize
+
+SAFE_CLASSES = (fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum)
+"""What DeepSpeed's checkpoint files hold beside tensors and plain values."""
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -81,10 +104,17 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     if not isinstance(config, SeqParConfig):
         config = SeqParConfig.from_json(config)
     hf_model = require_model(model)
-    facts = describe(hf_model)
+    loaded: PartlyLoaded | None = vars(hf_model).get("seqpar_loaded")
+    if loaded is not None and loaded.tp_size != config.tp_size:
+        raise ConfigError(
+            f'the model was loaded for tp_size {loaded.tp_size}, but "{KEY}.tp_size" is {config.tp_size}; load it with this config'
+        )
+    facts = loaded.facts if loaded is not None else describe(hf_model)
     loss = causal_lm_loss(hf_model)
     groups = _tensor_parallel_groups(config.tp_size)
-    report = inject(hf_model, facts, config, groups)
+    report = inject(hf_model, facts, config, groups, already_cut=loaded is not None)
+    for mark in ("seqpar_loaded", "save_pretrained", "resize_token_embeddings") if loaded is not None else ():
+        delattr(hf_model, mark)
     if loss is not None and facts.head is not None:
         hf_model.loss_function = CausalLMLoss(loss)
     if config.recompute is Recompute.FULL:
@@ -235,6 +265,20 @@ def _batch_sizes(ds_config: Mapping[str, Any], dp_size: int) -> dict[str, int]:
     return {names[1]: micro, names[2]: accumulation}
 
 
+def groups_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> ParallelGroups | None:
+    """The groups that a DeepSpeed config asks for, made if need be; None if it does not hold the key, or disables it."""
+    ds_config = _ds_config({"config": dict(config) if isinstance(config, Mapping) else os.fspath(config)})
+    if ds_config is None or KEY not in ds_config:
+        return None
+    section = SeqParConfig.from_json(ds_config[KEY])
+    if not section.enabled:
+        return None
+    if not comm.is_initialized():
+        comm.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    _translated(ds_config, section)
+    return _tensor_parallel_groups(section.tp_size)
+
+
 def _tensor_parallel_groups(tp_size: int) -> ParallelGroups:
     ds_groups._init_tp_mesh_device(tensor_model_parallel_size=tp_size)
     group = ds_groups.get_tensor_model_parallel_group()
@@ -252,7 +296,15 @@ def _tag(model: nn.Module, report: Report, groups: ParallelGroups) -> None:
     model.ds_autotp_parsed = True  # type: ignore[assignment]
     entries = report.parameters()
     by_identity = {id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)}
-    for parameter in model.parameters():
+    maps = {
+        name: affine_map(entries[name].shape, entries[name].cut, groups.tp_size) for name, _ in model.named_parameters()
+    }
+    model.universal_checkpoint_info = {  # type: ignore[assignment]
+        UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+        AFFINE_MAP: {AFFINE_MAP_VERSION: AFFINE_MAP_FORMAT_VERSION, AFFINE_MAP_PARAMS: affine_maps(maps)},
+    }
+    for name, parameter in model.named_parameters():
+        setattr(parameter, DS_AUTOTP_UC_META, {"conversion": {"affine_map": maps[name]}})
         cut = by_identity[id(parameter)].cut
         if cut is None:
             continue
@@ -306,15 +358,36 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
         return plain_step(*args, **kwargs)
 
     engine.step = step
-    if config.tp_size > 1 and engine.zero_optimization_stage() < 3:
-        engine.save_16bit_model = _refuse_save_16bit
+    engine.save_checkpoint = _around(save_checkpoint, engine, engine.save_checkpoint)
+    engine.load_checkpoint = _around(load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES)
+    engine.save_16bit_model = engine.save_fp16_model = _around(_save_16bit_model, engine, engine.save_16bit_model)
 
 
-def _refuse_save_16bit(*args: Any, **kwargs: Any) -> None:
-    """Below stage 3 DeepSpeed's own would write rank 0's shards under the names of whole tensors."""
-    raise CheckpointError(
-        "engine.save_16bit_model would write shards; call ds_seqpar.save_pretrained(engine, folder) on all ranks"
+def _around(ours: Callable[..., Any], engine: Any, plain: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A method of `engine` in place of `plain`, whose signature it shows: the HF Trainer reads it."""
+    return functools.wraps(plain)(functools.partial(ours, engine, plain, **options))
+
+
+def _save_16bit_model(
+    engine: Any,
+    plain: Callable[..., Any],
+    save_dir: str | os.PathLike[str],
+    save_filename: str = "pytorch_model.bin",
+    exclude_frozen_parameters: bool = False,
+) -> bool:
+    """DeepSpeed's `save_16bit_model` with whole tensors, at every ZeRO stage: an ordinary Hugging Face checkpoint.
+
+    Weights beyond 50 GB are split as Hugging Face splits them. A name that ends in .safetensors is written as safetensors.
+    """
+    export(
+        engine,
+        Path(save_dir),
+        "engine.save_16bit_model",
+        save_filename,
+        "50GB",
+        without_frozen=exclude_frozen_parameters,
     )
+    return True
 
 
 def gathered(engine_or_model: Any) -> tuple[nn.Module, Report]:
@@ -332,3 +405,37 @@ def whole_parameter(parameter: nn.Parameter, entry: ParameterEntry, groups: Para
         data = parameter.detach()
         whole = data.clone() if entry.cut is None else gather_parameter(data, entry.cut, groups.tp_group)
     return whole
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint holds, by name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def export(
+    engine_or_model: Any, folder: Path, what: str, weights_name: str, max_shard_size: int | str, *, tokenizer: Any = None,
+    without_frozen: bool = False,
+) -> None:  # fmt: skip
+    """Writes an ordinary Hugging Face checkpoint from all ranks; `what` is the call that a user made."""
+    model, report = gathered(engine_or_model)
+    state: ShardingState = model.seqpar  # type: ignore[assignment]
+    meet(what, state.groups.world_cpu_group)
+    entries, buffers = report.parameters(), saved_buffers(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    whole = {
+        name: torch.empty(entries[name].shape, dtype=p.dtype, device="meta")
+        for name, p in parameters.items()
+        if p.requires_grad or not without_frozen
+    }
+    whole |= {name: buffer.to("meta") for name, buffer in buffers.items()}
+
+    def fetch(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name]
+        return whole_parameter(parameters[name], entries[name], state.groups)
+
+    write_together(
+        model, folder.resolve(), whole, fetch, state.groups.world_cpu_group, max_shard_size=max_shard_size,
+        weights_name=weights_name, tokenizer=tokenizer,
+    )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,15 +39,32 @@ from .plan.report import Entry, ParameterEntry, Report
 from .plan.resolve import BlockPlan, ModelPlan, resolve
 from .plan.styles import Style
 
-__all__ = ["inject", "report_of"]
+__all__ = ["PartlyLoaded", "inject", "planned_cuts", "report_of"]
 
 
-def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: ParallelGroups) -> Report:
+@dataclass(frozen=True)
+class PartlyLoaded:
+    """A mark on a model whose cut parameters were loaded in part: what it was when it was whole."""
+
+    facts: ModelFacts
+    tp_size: int
+
+
+def planned_cuts(facts: ModelFacts, tp_size: int) -> dict[str, Cut]:
+    """Full parameter name -> cut, of what `inject` will cut."""
+    plan = resolve(facts, family(facts.model_type), tp_size)
+    return {f"{name}.{key}": cut for name, module in plan.modules.items() for key, cut in module.cuts.items()}
+
+
+def inject(
+    model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: ParallelGroups, *, already_cut: bool = False
+) -> Report:
     """Shards `model` over `groups.tp_group` in place; every nn.Parameter stays the object it is and holds this rank's part.
 
     Args:
         model: a Hugging Face model, whole and equal on every rank, before any forward and any wrapper.
         facts: `hf.describe(model)`.
+        already_cut: the cut parameters hold this rank's part already; `facts` is of the whole model.
 
     Returns:
         The Report, also kept as `model.seqpar_report`.
@@ -57,7 +75,9 @@ def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: Pa
     _refuse_unfit(model)
     plan = resolve(facts, family(facts.model_type), groups.tp_size)
     _check_modules(model, facts, plan)
-    _refuse_different_weights(model, groups)
+    if already_cut:
+        _require_parts(model, planned_cuts(facts, groups.tp_size), groups.tp_rank)
+    _refuse_different_weights(model, groups, set(planned_cuts(facts, groups.tp_size)) if already_cut else set())
     report = Report(facts.model_type, groups.tp_size, groups.tp_rank, config.sequence_parallel)
     state = ShardingState(
         groups=groups,
@@ -70,7 +90,7 @@ def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: Pa
         guard=InputGuard(groups),
         materialised=report.materialised,
     )
-    _Injection(model, facts, plan, state, report).run()
+    _Injection(model, facts, plan, state, report, already_cut).run()
     if facts.model_type not in TESTED:
         report.remarks.append(
             f"{facts.model_type} is not among the model types that are tested ({', '.join(TESTED)}); compare one step with the "
@@ -110,9 +130,16 @@ def _refuse_unfit(model: nn.Module) -> None:
             )
 
 
-def _refuse_different_weights(model: nn.Module, groups: ParallelGroups) -> None:
+def _require_parts(model: nn.Module, cuts: dict[str, Cut], rank: int) -> None:
+    for name, cut in cuts.items():
+        shape = model.get_parameter(name).shape
+        if shape[cut.dim] != cut.local_size(rank):
+            raise PlanError(f"{name} was changed after it was loaded in part: its shape is {list(shape)}")
+
+
+def _refuse_different_weights(model: nn.Module, groups: ParallelGroups, parts: set[str]) -> None:
     """Ranks that built the model from different seeds would train replicas that never agree. Collective over the group."""
-    sums = {name: _checksum(p) for name, p in model.named_parameters()}
+    sums = {name: _checksum(p) for name, p in model.named_parameters() if name not in parts}
     mine = torch.tensor(list(sums.values()), dtype=torch.int64)
     everyone = [torch.empty_like(mine) for _ in range(groups.tp_size)]
     dist.all_gather(everyone, mine, group=groups.tp_cpu_group)
@@ -190,11 +217,18 @@ class _ConfigView:
 
 class _Injection:
     def __init__(
-        self, model: nn.Module, facts: ModelFacts, plan: ModelPlan, state: ShardingState, report: Report
+        self,
+        model: nn.Module,
+        facts: ModelFacts,
+        plan: ModelPlan,
+        state: ShardingState,
+        report: Report,
+        already_cut: bool,
     ) -> None:
         self.model, self.facts, self.plan, self.state = model, facts, plan, state
         self.entries, self.remarks = report.entries, report.remarks
-        self._cut_already: set[int] = set()
+        self._cut_already: set[int] = {id(p) for p in model.parameters()} if already_cut else set()
+        self._armed: set[int] = set()
         self.fused: Counter[str] = Counter()
 
     def run(self) -> None:
@@ -286,8 +320,9 @@ class _Injection:
         if id(parameter) not in self._cut_already:
             self._cut_already.add(id(parameter))
             parameter.data = part_of(parameter.data, cut, rank)
-            if cut.copied:
-                state.partial.add(parameter, *cut.slot(rank))
+        if cut.copied and id(parameter) not in self._armed:
+            self._armed.add(id(parameter))
+            state.partial.add(parameter, *cut.slot(rank))
         local = tuple(parameter.shape)
         shape = (*local[: cut.dim], cut.size, *local[cut.dim + 1 :])
         return ParameterEntry(Kind.COPIED_KV if cut.copied else Kind.CUT, shape, local, cut)

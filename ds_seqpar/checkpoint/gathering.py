@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn.functional import pad
 from ..comm.collectives import all_gather
 from ..plan.cuts import Cut
 
-__all__ = ["gather_parameter", "part_of"]
+__all__ = ["gather_parameter", "part_of", "whole_of"]
 
 
 def gather_parameter(local: Tensor, cut: Cut, group: ProcessGroup) -> Tensor:
@@ -34,3 +36,20 @@ def part_of(whole: Tensor, cut: Cut, rank: int) -> Tensor:
     """A rank's part of a whole tensor, contiguous, in memory of its own."""
     parts = [whole.narrow(cut.dim, start, stop - start) for start, stop in cut.ranges[rank]]
     return torch.cat(parts, dim=cut.dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+
+def whole_of(parts: Sequence[Tensor], cut: Cut) -> Tensor:
+    """The inverse of `part_of`: every rank's part -> the whole. Raises ValueError if a part has another size."""
+    shape = list(parts[0].shape)
+    shape[cut.dim] = cut.size
+    whole = parts[0].new_empty(shape)
+    for rank, part in enumerate(parts):
+        if part.shape[cut.dim] != cut.local_size(rank):
+            raise ValueError(
+                f"part {rank} has {part.shape[cut.dim]} indices in dimension {cut.dim}, not {cut.local_size(rank)}"
+            )
+        offset = 0
+        for start, stop in cut.ranges[rank]:
+            whole.narrow(cut.dim, start, stop - start).copy_(part.narrow(cut.dim, offset, stop - start))
+            offset += stop - start
+    return whole

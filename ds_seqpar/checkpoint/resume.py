@@ -1,0 +1,362 @@
+"""`engine.save_checkpoint` and `engine.load_checkpoint` of a sharded model: whole or not there, and refused where they do not fit.
+
+DeepSpeed writes and reads its own files. Around it: a save goes aside and is renamed when every rank has finished, a manifest
+says what was saved, and a load compares it with the running model before anything is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import CheckpointError
+from ..hf import write_config
+from ..layers.region import ShardingState
+from ..plan.report import Report
+from . import manifest as manifests
+from . import universal
+from .manifest import CONFIG_FOLDER, IDENTITY_KEY, MANIFEST
+from .rendezvous import agreed, everyones, from_first_rank, meet
+
+__all__ = ["load_checkpoint", "recover", "safe_reading", "save_checkpoint"]
+
+Plain = Callable[..., Any]
+LATEST = "latest"
+
+
+def save_checkpoint(
+    engine: Any,
+    plain: Plain,
+    save_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    client_state: dict[str, Any] | None = None,
+    save_latest: bool = True,
+    exclude_frozen_parameters: bool = False,
+) -> bool:
+    """DeepSpeed's `save_checkpoint` (`plain`), made whole or not at all. Call it on all ranks.
+
+    Beside DeepSpeed's files it keeps every rank's random states (torch, the current GPU's, Python's, NumPy's) and a manifest.
+
+    Raises:
+        CheckpointError: on every rank, if any rank could not write; what `save_dir` held before is untouched.
+    """
+    state: ShardingState = engine.module.seqpar
+    group, rank = state.groups.world_cpu_group, dist.get_rank()
+    meet("engine.save_checkpoint", group)
+    target = Path(save_dir).resolve() / str(tag if tag is not None else f"global_step{engine.global_steps}")
+    aside, before = _beside(target)
+    what = f"the checkpoint {target} was not saved"
+    with agreed(what, group):
+        _refuse_unfit(engine, client_state or {})
+    where = everyones(str(target), group)
+    with agreed(what, group):
+        if len(set(where)) > 1:
+            raise CheckpointError(f"the ranks were asked to save in different places: {sorted(set(where))}")
+        if rank == 0:
+            recover(target)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    identity = _identity(engine) | {"save_id": from_first_rank(uuid.uuid4().hex, group)}
+    written: list[Path] = []
+    with agreed(what, group):
+        with _recorded(engine, written) as problems:
+            plain(
+                str(Path(save_dir).resolve()),
+                tag=str(Path(target.relative_to(Path(save_dir).resolve())).with_name(aside.name)),
+                client_state={**(client_state or {}), IDENTITY_KEY: identity},
+                save_latest=False,
+                exclude_frozen_parameters=exclude_frozen_parameters,
+            )
+        if problems:
+            raise problems[0]
+        mine = _files_of_this_rank(aside, written, identity)
+    files = {name: about for each in everyones(mine, group) for name, about in each.items()}
+    with agreed(what, group):
+        if rank == 0:
+            for name in files:
+                if not (aside / name).is_file():
+                    raise CheckpointError(
+                        f"{aside / name}, which another rank wrote, is not visible here: use a folder that all see"
+                    )
+            (aside / CONFIG_FOLDER).mkdir()
+            write_config(engine.module, aside / CONFIG_FOLDER)
+            _write_durably(aside / MANIFEST, json.dumps(identity | {"files": files}, indent=1))
+            _into_place(aside, target, before)
+            if save_latest:
+                _write_durably(target.parent / LATEST, target.name)
+    return True
+
+
+def load_checkpoint(
+    engine: Any,
+    plain: Plain,
+    load_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Callable[..., Any] | None = None,
+    *,
+    safe_classes: Sequence[Any] = (),
+) -> tuple[str | None, dict[str, Any] | None]:
+    """DeepSpeed's `load_checkpoint` (`plain`) of a checkpoint that fits this run. Call it on all ranks.
+
+    Restores the random states too, unless the module alone is loaded. As DeepSpeed's, it returns (None, None) where `load_dir`
+    has no `latest` and no tag is given.
+
+    Raises:
+        CheckpointError: on every rank, before anything is loaded: the checkpoint is missing, incomplete, damaged, mixed, of
+            another model, or was saved by a run of another size.
+    """
+    state: ShardingState = engine.module.seqpar
+    group = state.groups.world_cpu_group
+    meet("engine.load_checkpoint", group)
+    options = dict(
+        load_module_strict=load_module_strict,
+        load_optimizer_states=load_optimizer_states,
+        load_lr_scheduler_states=load_lr_scheduler_states,
+        load_module_only=load_module_only,
+        custom_load_fn=custom_load_fn,
+    )
+    if engine.load_universal_checkpoint():
+        with safe_reading(safe_classes):
+            return _load_universal(engine, plain, Path(load_dir).resolve(), tag, options)
+    found: Any = None
+    what = f"no checkpoint was loaded from {load_dir}"
+    with agreed(what, group):
+        if dist.get_rank() == 0:
+            folder = Path(load_dir).resolve()
+            found = tag if tag is not None else _read_latest(folder / LATEST)
+            if found is not None:
+                recover(folder / str(found))
+                found = str(found), manifests.read_manifest(folder / str(found))
+    found = from_first_rank(found, group)
+    if found is None:
+        return plain(str(load_dir), tag=None, **options)  # type: ignore[no-any-return]
+    tag, saved = found
+    folder = Path(load_dir).resolve() / str(tag)
+    with agreed(what, group):
+        here = _identity(engine)
+        manifests.require_same_model(folder, saved, here)
+        whole = load_optimizer_states and not load_module_only
+        manifests.require_same_layout(folder, saved, here, optimizer=whole)
+        manifests.require_files(folder, saved, _coordinates(state))
+    with safe_reading(safe_classes):
+        path, client_state = plain(str(folder.parent), tag=folder.name, **options)
+    state.generation += 1
+    (client_state or {}).pop(IDENTITY_KEY, None)
+    if whole and saved["dp_size"] == here["dp_size"]:
+        _restore_random(folder / _random_file(dist.get_rank()))
+    return path, client_state
+
+
+def _load_universal(
+    engine: Any, plain: Plain, load_dir: Path, tag: str | None, options: dict[str, Any]
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Weights, optimizer, schedule and counters of a run of any size and ZeRO stage; random states stay this run's."""
+    state: ShardingState = engine.module.seqpar
+    group = state.groups.world_cpu_group
+    trained = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+    frozen = sum(not p.requires_grad for p in engine.module.parameters())
+    folder = load_dir
+    with agreed(f"no checkpoint was loaded from {load_dir}", group):
+        if dist.get_rank() == 0:
+            found = tag if tag is not None else _read_latest(load_dir / f"{LATEST}_universal")
+            if found is None:
+                raise CheckpointError(f"{load_dir} has no {LATEST}_universal, and no tag was given")
+            folder = load_dir / str(found)
+            saved = universal.require_universal(folder, _identity(engine), trained)
+            universal.complete(folder, saved)
+            if frozen:
+                logging.getLogger("ds_seqpar").warning(
+                    "universal checkpoints hold what the optimizer trains: %d frozen parameters keep the values they have",
+                    frozen,
+                )
+    folder = from_first_rank(folder, group)
+    path, client_state = plain(str(folder.parent), tag=folder.name, **options)
+    if options["load_optimizer_states"] and not options["load_module_only"] and engine.zero_optimization_stage() == 3:
+        universal.repair_optimizer(engine.optimizer.optimizer, folder)
+    state.generation += 1
+    (client_state or {}).pop(IDENTITY_KEY, None)
+    return path, client_state
+
+
+def recover(target: Path) -> None:
+    """Ends a replacement of `target` that was cut off: the old checkpoint comes back if the new one is not in its place."""
+    _, before = _beside(target)
+    if not before.exists():
+        return
+    if target.exists():
+        shutil.rmtree(before)
+    else:
+        before.rename(target)
+
+
+@contextmanager
+def safe_reading(classes: Sequence[Any]) -> Iterator[None]:
+    """Makes every torch.load of the body, DeepSpeed's own included, read data only: tensors, plain values and `classes`.
+
+    Raises CheckpointError for a file that holds anything else; torch.serialization.add_safe_globals lets a class of the
+    user's own through.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    outside, os.environ[name] = os.environ.get(name), "1"
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            yield
+    except Exception as problem:
+        if type(problem).__name__ == "UnpicklingError":
+            raise CheckpointError(
+                f"the checkpoint holds more than data, which may run code when it is read: {problem}; if you trust it, name the "
+                "class with torch.serialization.add_safe_globals([...]) before loading"
+            ) from problem
+        raise
+    finally:
+        if outside is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = outside
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.before")
+
+
+def _refuse_unfit(engine: Any, client_state: dict[str, Any]) -> None:
+    if IDENTITY_KEY in client_state:
+        raise CheckpointError(f"client_state may not hold {IDENTITY_KEY!r}, which is ours; rename the entry")
+    if engine.checkpoint_engine.is_decoupled():
+        raise CheckpointError(
+            f"{type(engine.checkpoint_engine).__name__} writes in the background, so it is never known when all files are there; "
+            'remove "checkpoint_engine" from the DeepSpeed config'
+        )
+    if engine.use_node_local_storage():
+        raise CheckpointError(
+            '"checkpoint": {"use_node_local_storage": true} is not available: all ranks must see one folder'
+        )
+
+
+def _identity(engine: Any) -> dict[str, Any]:
+    """What the manifest says of the run, the same on every rank."""
+    report: Report = engine.seqpar_report
+    dtypes = {
+        name: str(p.dtype).removeprefix("torch.") for name, p in engine.module.named_parameters(remove_duplicate=False)
+    }
+    return {
+        "format": manifests.FORMAT,
+        "model_type": report.model_type,
+        "tp_size": report.tp_size,
+        "dp_size": dist.get_world_size() // report.tp_size,
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "dtype": "bfloat16" if engine.bfloat16_enabled() else "float16" if engine.fp16_enabled() else "float32",
+        "global_steps": engine.global_steps,
+        "parameters": manifests.describe_parameters(report.parameters(), dtypes),
+    }
+
+
+def _coordinates(state: ShardingState) -> dict[str, int]:
+    return {"tp_rank": state.groups.tp_rank, "dp_rank": dist.get_rank() // state.groups.tp_size}
+
+
+@contextmanager
+def _recorded(engine: Any, written: list[Path]) -> Iterator[list[Exception]]:
+    """DeepSpeed's barriers inside a save must be reached by every rank, so what a rank cannot write is kept for later.
+
+    Its recovery script merges data-parallel parts alone: beside files that are cut over a tensor-parallel group it would
+    write wrong weights without a word, so it is left out.
+    """
+    problems: list[Exception] = []
+    writer = engine.checkpoint_engine
+    plain_save = writer.save
+
+    def save(state_dict: Any, path: Any) -> None:
+        try:
+            plain_save(state_dict, path)
+            written.append(Path(path))
+        except Exception as problem:
+            problems.append(problem)
+
+    writer.save, engine._copy_recovery_script = save, lambda *_: None
+    try:
+        yield problems
+    finally:
+        del writer.save, engine._copy_recovery_script
+
+
+def _files_of_this_rank(aside: Path, written: list[Path], identity: dict[str, Any]) -> dict[str, Any]:
+    rank, t = dist.get_rank(), identity["tp_size"]
+    random_file = aside / _random_file(rank)
+    torch.save(_random_states(), random_file)
+    files = {}
+    for path in [*written, random_file]:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        files[path.name] = {
+            "size": path.stat().st_size,
+            "fingerprint": manifests.fingerprint(path),
+            "tp_rank": rank % t,
+            "dp_rank": rank // t,
+        }
+    return files
+
+
+def _into_place(aside: Path, target: Path, before: Path) -> None:
+    if target.exists():
+        target.rename(before)
+    aside.rename(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    recover(target)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _read_latest(path: Path) -> str | None:
+    return path.read_text().strip() if path.is_file() else None
+
+
+def _random_file(rank: int) -> str:
+    return f"ds_seqpar_random_rank_{rank}.pt"
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if "numpy" in sys.modules:
+        name, keys, position, has_gauss, gauss = sys.modules["numpy"].random.get_state()
+        states["numpy"] = (str(name), keys.tolist(), int(position), int(has_gauss), float(gauss))
+    return states
+
+
+def _restore_random(path: Path) -> None:
+    states = torch.load(path, weights_only=True)
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "numpy" in states and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(states["numpy"])

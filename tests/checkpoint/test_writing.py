@@ -1,0 +1,165 @@
+"""What is written tensor by tensor is what Hugging Face writes of the whole model, in as many files, in little memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from exactness import engine_for
+from memory import peak_growth
+from models import FAMILIES, tiny
+from ranks import run_ranks
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import ds_seqpar
+from ds_seqpar.checkpoint.files import SafetensorsFile
+from ds_seqpar.checkpoint.writing import plan_tensors, write_model
+from ds_seqpar.errors import CheckpointError
+
+EXPERTS = {
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1),
+    "olmoe": dict(num_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
+@pytest.mark.parametrize("max_shard_size", ["50GB", 40_000])
+def test_files_equal_hugging_faces(tmp_path: Path, family: str, max_shard_size: int | str) -> None:
+    model = tiny(family, **EXPERTS.get(family, {}))
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    model.save_pretrained(theirs, max_shard_size=max_shard_size)
+    ours.mkdir()
+    whole = {name: x.to("meta") for name, x in model.state_dict().items()}
+    planned = plan_tensors(model, whole)
+    assert max(len(group.names) for group in planned) <= 2, "converted in large groups"
+    write_model(model, ours, planned, model.state_dict().__getitem__, max_shard_size=max_shard_size)
+    expected, found = _contents(theirs), _contents(ours)
+    assert expected.keys() == found.keys() and expected
+    assert all(torch.equal(x, found[name]) and x.dtype == found[name].dtype for name, x in expected.items())
+    weights = list(ours.glob("*.safetensors"))
+    if max_shard_size == "50GB":
+        assert [p.name for p in weights] == ["model.safetensors"]
+        return
+    assert len(weights) > 3
+    for path in weights:
+        tensors = load_file(path)
+        assert len(tensors) == 1 or sum(x.numel() * x.element_size() for x in tensors.values()) <= 40_000
+    index, reference = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (ours, theirs))
+    assert index["metadata"]["total_size"] == reference["metadata"]["total_size"]
+    assert index["weight_map"].keys() == reference["weight_map"].keys()
+    assert {name: file for file in weights for name in load_file(file)}.keys() == index["weight_map"].keys()
+
+
+def _contents(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
+
+
+def test_a_file_of_every_dtype_in_any_order(tmp_path: Path) -> None:
+    dtypes = (torch.bool, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.float16, torch.float64)
+    tensors = {str(dtype): (torch.randn(3, 5) * 10).to(dtype) for dtype in dtypes}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4), "strided": torch.arange(12.0).view(3, 4).t()}
+    file = SafetensorsFile(tmp_path / "x.safetensors", tensors)
+    for name in reversed(list(tensors)):
+        file.write(name, tensors[name])
+    file.close()
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(
+        torch.equal(x, loaded[n]) and x.dtype == loaded[n].dtype and x.shape == loaded[n].shape
+        for n, x in tensors.items()
+    )
+    with pytest.raises(CheckpointError, match="complex64"):
+        SafetensorsFile(tmp_path / "y.safetensors", {"x": torch.zeros(1, dtype=torch.complex64)})
+    unfinished = SafetensorsFile(tmp_path / "z.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="x was not written"):
+        unfinished.close()
+
+
+def _export(family: str, tp: int, stage: int, folder: str) -> dict[str, torch.Tensor]:
+    model = tiny(family)
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp}, stage, 1, 1)
+    ds_seqpar.save_pretrained(engine, f"{folder}/safe", max_shard_size=30_000)
+    ds_seqpar.save_pretrained(engine, f"{folder}/pickled", max_shard_size=30_000, safe_serialization=False)
+    assert engine.save_16bit_model(f"{folder}/default") is True
+    assert engine.save_16bit_model(f"{folder}/named", "model.safetensors")
+    return ds_seqpar.full_state_dict(engine)
+
+
+@pytest.mark.parametrize(
+    ("family", "tp", "world", "stage"), [("llama", 2, 4, 3), ("phi3", 3, 3, 0), ("qwen3", 4, 4, 1), ("gemma2", 2, 2, 2)]
+)
+def test_every_way_out_loads_in_hugging_face(tmp_path: Path, family: str, tp: int, world: int, stage: int) -> None:
+    state = run_ranks(world, _export, family, tp, stage, str(tmp_path))[0]
+    original = tiny(family).state_dict()
+    assert state.keys() == original.keys()
+    for name in ("safe", "pickled", "default", "named"):
+        options = {"use_safetensors": False} if name in ("pickled", "default") else {}
+        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True, **options)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert all(torch.equal(x, original[n]) for n, x in model.state_dict().items()), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["default", "named", "pickled", "safe"]
+    assert len(list((tmp_path / "pickled").glob("pytorch_model-*.bin"))) > 3
+    assert (tmp_path / "default" / "pytorch_model.bin").is_file() and (
+        tmp_path / "named" / "model.safetensors"
+    ).is_file()
+
+
+def _tokenizer_saved(folder: str) -> None:
+    class Tokenizer:
+        def save_pretrained(self, target: str) -> None:
+            Path(target, "tokenizer.json").write_text("{}")
+
+    model = tiny("llama")
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, 1, 1, 1)
+    ds_seqpar.save_pretrained(engine, folder, Tokenizer())
+
+
+def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+    run_ranks(2, _tokenizer_saved, str(tmp_path / "x"))
+    assert {p.name for p in (tmp_path / "x").iterdir()} >= {"tokenizer.json", "config.json", "model.safetensors"}
+
+
+def _memory_of_a_save(stage: int, folder: str) -> tuple[int, int]:
+    """(bytes of the model, growth of the peak of this rank's memory while it is saved)."""
+    model = tiny(
+        "mistral", hidden_size=512, intermediate_size=1024, num_hidden_layers=24, vocab_size=1024, head_dim=128
+    )
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, stage, 1, 1)
+    peak_growth(lambda: ds_seqpar.save_pretrained(engine, folder))  # a first save loads code
+    growth = peak_growth(lambda: ds_seqpar.save_pretrained(engine, folder, max_shard_size="64MB"))
+    return size, growth
+
+
+def test_no_rank_holds_more_than_one_file(tmp_path: Path) -> None:
+    for size, growth in run_ranks(2, _memory_of_a_save, 1, str(tmp_path / "x")):
+        assert size > 190e6
+        assert growth < 64e6, f"a save of {size / 1e6:.0f} MB took {growth / 1e6:.0f} MB"
+    assert len(list((tmp_path / "x").glob("*.safetensors"))) > 3
+
+
+def _full_disk(folder: str, failing: str) -> None:
+    import os
+
+    model = tiny("llama")
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, 1, 1, 1)
+    if dist.get_rank() == 0:
+
+        def full(*args: Any, **kwargs: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+        setattr(os, failing, full)
+    with pytest.raises(CheckpointError, match=r"No space left on device \(on rank 0\)"):
+        ds_seqpar.save_pretrained(engine, folder)
+
+
+@pytest.mark.parametrize("failing", ["pwrite", "ftruncate", "fsync"])
+def test_a_full_disk_is_an_error_on_every_rank(tmp_path: Path, failing: str) -> None:
+    run_ranks(2, _full_disk, str(tmp_path / "x"), failing)
+    assert not (tmp_path / "x").exists()
