@@ -25,6 +25,7 @@ from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.utils import groups as ds_groups
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .checkpoint.gathering import gather_parameter, part_of
 from .config import KEY, Recompute, SeqParConfig
@@ -37,7 +38,7 @@ from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
 from .plan.report import ParameterEntry, Report
 
-__all__ = ["gathered", "initialize", "patch", "shard", "whole_parameter"]
+__all__ = ["data_parallel_group", "gathered", "initialize", "patch", "shard", "whole_parameter"]
 
 _plain_initialize = deepspeed.initialize
 
@@ -238,6 +239,11 @@ def _tensor_parallel_groups(tp_size: int) -> ParallelGroups:
             "DeepSpeed keeps one size a process: use the same tp_size for all models, or another process"
         )
     return ParallelGroups.around(group)
+
+
+def data_parallel_group() -> ProcessGroup:
+    """The ranks that hold the same part of the model as this one; needs a model to have been sharded."""
+    return ds_groups.get_data_parallel_group()  # type: ignore[no-any-return]
 
 
 def _tag(model: nn.Module, report: Report, groups: ParallelGroups) -> None:

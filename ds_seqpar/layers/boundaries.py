@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -174,6 +175,18 @@ class _Guarded:
         raise PlanError(
             "resize_token_embeddings must come before the model is sharded: call it before deepspeed.initialize"
         )
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Hugging Face's count, of the whole model."""
+        report, count = getattr(self, "seqpar_report", None), 0
+        if report is None:  # the base model inside the one that was sharded
+            return super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc, no-any-return]
+        entries = report.parameters()
+        embeddings = {f"{n}.weight" for n, m in self.named_modules() if isinstance(m, nn.Embedding)}  # type: ignore[attr-defined]
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            if not (exclude_embeddings and name in embeddings) and (parameter.requires_grad or not only_trainable):
+                count += math.prod(entries[name].shape)
+        return count
 
     @contextmanager
     def _guarded(self, args: Any, kwargs: Any) -> Iterator[int]:

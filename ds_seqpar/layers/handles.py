@@ -125,7 +125,7 @@ class Handle(torch.Tensor):
         """The real, differentiable tensor. Collective; from then on it is the truth, also for in-place changes."""
         if self._full is None:
             name = f"{type(self).__name__}.{wanted_by}"
-            if torch.is_grad_enabled() and not self.state.materialised[name] and self.state.groups.tp_rank == 0:
+            if self._grad_mode and not self.state.materialised[name] and self.state.groups.tp_rank == 0:
                 _log.warning(
                     "%s was gathered whole for %s while training: right, but slower than staying sharded",
                     *name.split("."),
