@@ -16,7 +16,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 from deepspeed import comm
@@ -32,7 +32,7 @@ from .config import KEY, Recompute, SeqParConfig
 from .errors import CheckpointError, ConfigError, PlanError
 from .groups import ParallelGroups
 from .hf import causal_lm_loss, describe, enable_full_recompute, require_model
-from .inject import inject, report_of
+from .inject import inject, report_of, see_through
 from .layers.boundaries import ShardedBlock
 from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
@@ -65,8 +65,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     if not comm.is_initialized():
         comm.init_distributed(dist_backend=get_accelerator().communication_backend_name())
     translated = _translated(ds_config, config)
-    model = require_model(given.get("model"))
-    report = shard(model, config)
+    require_model(given.get("model"))
+    report = shard(given["model"], config)
     given.update(config=translated, config_params=None, args=_without_config(given.get("args")))
     results = _plain_initialize(**given)
     _finish(results[0], report, config, ds_config)
@@ -90,6 +90,10 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     if config.recompute is Recompute.FULL:
         enable_full_recompute(hf_model)
     _tag(hf_model, report, groups)
+    if model is not hf_model:
+        model.ds_autotp_parsed = True  # type: ignore[assignment]
+        see_through(model)
+        _refuse_on_wrapper(model)
     if comm.get_rank() == 0:
         _logger().info("%s", report)
     return report
@@ -297,7 +301,7 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     check = getattr(engine, "first_dataloader_check", None)
     if check is not None:
         check.remove()  # ours compares every forward, and first
-    state, plain_step = engine.module.seqpar, engine.step
+    state, plain_step = require_model(engine.module).seqpar, engine.step
 
     @functools.wraps(plain_step)
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -316,8 +320,27 @@ def _refuse_save_16bit(*args: Any, **kwargs: Any) -> None:
     )
 
 
+def _refuse_on_wrapper(wrapper: nn.Module) -> None:
+    """What a wrapper would do with this rank's part as if it were the whole."""
+    plain_save = wrapper.save_pretrained
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("state_dict") is None:
+            raise CheckpointError(
+                "model.save_pretrained would write this rank's shards; call ds_seqpar.save_pretrained(engine, folder) on all "
+                "ranks, or pass state_dict=ds_seqpar.full_state_dict(engine)"
+            )
+        return plain_save(*args, **kwargs)  # type: ignore[operator]
+
+    def later(*args: Any, **kwargs: Any) -> NoReturn:
+        raise PlanError("adapters must be added or loaded before the model is sharded: before deepspeed.initialize")
+
+    wrapper.save_pretrained = save_pretrained  # type: ignore[assignment]
+    wrapper.add_adapter = wrapper.load_adapter = later  # type: ignore[assignment]
+
+
 def gathered(engine_or_model: Any) -> tuple[nn.Module, Report]:
-    """(model, report) of an engine or a sharded model. Raises PlanError for anything else."""
+    """(model, report) of an engine or a sharded model, the model in its wrapper. Raises PlanError for anything else."""
     model = getattr(engine_or_model, "module", engine_or_model)
     report = report_of(model) if isinstance(model, nn.Module) else None
     if report is None:

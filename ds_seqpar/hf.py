@@ -12,12 +12,16 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .errors import PlanError
 from .plan.facts import ModelFacts, ModuleFacts
+from .plan.wrappers import adapter_layer, inner_model_path, is_foreign
 
 __all__ = ["causal_lm_loss", "describe", "enable_full_recompute", "require_model", "write_checkpoint"]
 
 
 def require_model(model: object) -> PreTrainedModel:
-    """`model`, if it is a Hugging Face model that nothing wraps. Raises PlanError otherwise."""
+    """`model`, or the one inside a known wrapper, if it is a Hugging Face model. Raises PlanError otherwise."""
+    path = inner_model_path(model)
+    if path is not None and isinstance(model, nn.Module):
+        model = model.get_submodule(path)
     if isinstance(model, PreTrainedModel):
         return model
     inner = getattr(model, "module", None)
@@ -71,7 +75,16 @@ def describe(model: PreTrainedModel) -> ModelFacts:
 
 def _modules(model: nn.Module) -> dict[str, ModuleFacts]:
     facts = {}
+    wrapped = ""
     for name, module in model.named_modules():
+        if wrapped and name.startswith(f"{wrapped}."):
+            continue
+        if is_foreign(module):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise PlanError(f"{name} is a {kind}, which cannot be sharded; LoRA and rsLoRA on linears can")
+        wrapper = adapter_layer(module)
+        if wrapper is not None:
+            wrapped, module = name, getattr(module, wrapper.base)
         shapes = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
         if shapes:
             role = "other"
@@ -98,6 +111,9 @@ def write_checkpoint(
     model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor], tokenizer: Any = None
 ) -> None:
     """Writes config, generation config, weights (and tokenizer) as `save_pretrained` of an unsharded model would."""
-    PreTrainedModel.save_pretrained(model, str(folder), state_dict=state_dict)
+    if isinstance(model, PreTrainedModel):
+        PreTrainedModel.save_pretrained(model, str(folder), state_dict=state_dict)
+    else:
+        model.save_pretrained(str(folder), state_dict=state_dict)  # a wrapper writes its own part
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..engine import gathered, whole_parameter
 from ..errors import CheckpointError
-from ..hf import write_checkpoint
+from ..hf import require_model, write_checkpoint
 from ..layers.region import ShardingState
 
 __all__ = ["full_state_dict", "save_pretrained"]
@@ -22,23 +22,26 @@ WEIGHT_FILES = ("model*.safetensors", "model*.index.json", "pytorch_model*.bin",
 """What an older checkpoint in the same folder must not leave behind: it would be loaded with the new one."""
 
 
-def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
+def full_state_dict(engine_or_model: Any, *, trainable_only: bool = False) -> dict[str, Tensor]:
     """The model's state dict with every tensor whole: on CPU on rank 0, empty elsewhere. Collective over the world.
 
-    Names, shapes and tying are those of the unsharded model; the dtype is the model's.
+    Names, shapes and tying are those of the unsharded model; the dtype is the model's. `trainable_only` leaves out frozen
+    parameters and buffers (the base model under an adapter).
     """
-    model, report = gathered(engine_or_model)
-    state: ShardingState = model.seqpar  # type: ignore[assignment]
-    entries, keep = report.parameters(), dist.get_rank() == 0
+    model, _ = gathered(engine_or_model)
+    state: ShardingState = require_model(model).seqpar
+    keep = dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
     by_identity: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if trainable_only and not parameter.requires_grad:
+            continue
         if id(parameter) not in by_identity:
-            tensor = whole_parameter(parameter, entries[name], state.groups)
+            tensor = whole_parameter(parameter, state.entries[id(parameter)], state.groups)
             by_identity[id(parameter)] = tensor.cpu() if keep else tensor.new_empty(0)
         if keep:
             whole[name] = by_identity[id(parameter)]
-    if keep:
+    if keep and not trainable_only:
         whole.update({name: tensor.detach().cpu() for name, tensor in _saved_buffers(model).items()})
     dist.barrier()  # a rank that holds nothing must not leave, or exit, while the others still gather from it
     return whole

@@ -24,7 +24,15 @@ from .handles import GatheredInput, Handle, TokenShard
 from .random import seed_of_state
 from .region import ShardingState, TokenRegion
 
-__all__ = ["ShardedBlock", "ShardedLayer", "ShardedModel", "ShardedTopModel", "TokenwiseModule", "become"]
+__all__ = [
+    "HidesHandles",
+    "ShardedBlock",
+    "ShardedLayer",
+    "ShardedModel",
+    "ShardedTopModel",
+    "TokenwiseModule",
+    "become",
+]
 
 
 Path = tuple[Any, ...]
@@ -178,14 +186,11 @@ class _Guarded:
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Hugging Face's count, of the whole model."""
-        report, count = getattr(self, "seqpar_report", None), 0
-        if report is None:  # the base model inside the one that was sharded
-            return super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc, no-any-return]
-        entries = report.parameters()
+        entries, count = self.seqpar.entries, 0
         embeddings = {f"{n}.weight" for n, m in self.named_modules() if isinstance(m, nn.Embedding)}  # type: ignore[attr-defined]
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             if not (exclude_embeddings and name in embeddings) and (parameter.requires_grad or not only_trainable):
-                count += math.prod(entries[name].shape)
+                count += math.prod(entries[id(parameter)].shape)
         return count
 
     @contextmanager
@@ -241,29 +246,52 @@ class ShardedModel(_Guarded):
             )
 
 
-class ShardedTopModel(_Guarded):
-    """What the user calls, around the base model: shows `logits` (and hidden states) as handles."""
+class HidesHandles:
+    """A module whose outputs are handles to its caller, but to its hooks the tensors that they are made of."""
+
+    _handles: dict[Path, Handle] | None = None  # of the call that is running
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Hugging Face model; `outputs.logits` becomes real when it is used."""
-        with self._guarded(args, kwargs):
-            self._handles: dict[Path, Handle] = {}
+        """Output tensors that were handles inside are handles again."""
+        handles: dict[Path, Handle] = {}
+        outer, self._handles = self._handles, handles
+        try:
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        handles, self._handles = self._handles, {}
+        finally:
+            self._handles = outer
         return _map(output, lambda path, x: handles[path].over(x) if path in handles else x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The Hugging Face forward; handles leave as the tensors they are made of, for the hooks."""
+        """The original forward; handles leave as the tensors they are made of, for the hooks.
+
+        A caller that takes `forward` itself gets what a call returns.
+        """
+        handles = self._handles
+        if handles is None:
+            return self(*args, **kwargs)
 
         def plain(path: Path, x: Tensor) -> Tensor:
             if not isinstance(x, Handle):
                 return x
             if not x.is_untouched():
                 return x.materialise("output")
-            self._handles[path] = x
+            handles[path] = x
             return x.source
 
         return _map(super().forward(*args, **kwargs), plain)  # type: ignore[misc]
+
+
+class ShardedTopModel(_Guarded, HidesHandles):
+    """What the user calls, around the base model: shows `logits` (and hidden states) as handles."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Hugging Face model; `outputs.logits` becomes real when it is used."""
+        with self._guarded(args, kwargs):
+            return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Hugging Face model's; see HidesHandles."""
+        return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's generate, on every rank of the group; all sample alike, as the group's first rank was seeded."""

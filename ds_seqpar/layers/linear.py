@@ -21,7 +21,7 @@ from ..errors import SeqParError
 from .handles import GatheredInput, ShardedLogits, TokenShard
 from .region import ShardingState, TokenRegion
 
-__all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelHead", "column_parallel"]
+__all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelHead", "call_past_deepspeed", "column_parallel"]
 
 
 class _ColumnParallel(Function):
@@ -118,6 +118,20 @@ def _users_own(
     ]
 
 
+def call_past_deepspeed(module: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`module(input, ...)` with all forward hooks but DeepSpeed's."""
+    for hook, takes_kwargs in _users_own(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+        changed = hook(module, (input,), {}) if takes_kwargs else hook(module, (input,))
+        changed = changed[0] if takes_kwargs and changed is not None else changed
+        if changed is not None:
+            (input,) = changed if isinstance(changed, tuple) else (changed,)
+    output = module.forward(input, *args, **kwargs)
+    for hook, takes_kwargs in _users_own(module._forward_hooks, module._forward_hooks_with_kwargs):
+        changed = hook(module, (input,), {}, output) if takes_kwargs else hook(module, (input,), output)
+        output = output if changed is None else changed
+    return output
+
+
 class ColumnParallelLinear(nn.Linear):
     """This rank's rows of a linear's weight; the block's input is gathered once for it and its siblings.
 
@@ -142,16 +156,7 @@ class ColumnParallelLinear(nn.Linear):
         """
         if not isinstance(input, GatheredInput):
             return super().__call__(input)  # type: ignore[no-any-return]
-        for hook, takes_kwargs in _users_own(self._forward_pre_hooks, self._forward_pre_hooks_with_kwargs):
-            changed = hook(self, (input,), {}) if takes_kwargs else hook(self, (input,))
-            changed = changed[0] if takes_kwargs and changed is not None else changed
-            if changed is not None:
-                (input,) = changed if isinstance(changed, tuple) else (changed,)
-        output = self.forward(input)
-        for hook, takes_kwargs in _users_own(self._forward_hooks, self._forward_hooks_with_kwargs):
-            changed = hook(self, (input,), {}, output) if takes_kwargs else hook(self, (input,), output)
-            output = output if changed is None else changed
-        return output
+        return call_past_deepspeed(self, input)  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor) -> Tensor:
         """As `__call__`, below the hooks."""
