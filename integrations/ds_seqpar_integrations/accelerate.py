@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -128,6 +128,11 @@ def _prepare_deepspeed(plain: Callable[..., Any], self: Accelerator, *args: Any)
     if _untranslated(self.state.deepspeed_plugin):
         raise ConfigError(f'the DeepSpeed config got "{KEY}" after it was read; {_IMPORT_FIRST}')
     tp_size = _tp_size(self)
+    if self.num_processes % tp_size:
+        raise ConfigError(
+            f'"{KEY}.tp_size": {tp_size} does not divide the {self.num_processes} processes that accelerate knows of; start more with '
+            "a launcher (deepspeed, torchrun, accelerate launch), and without a GPU make PartialState(cpu=True) first"
+        )
     dummies = [x for x in args if isinstance(x, DummyScheduler) and x.total_num_steps is not None]
     for dummy in dummies:  # accelerate divides them by all ranks, but only the data-parallel ones share the steps
         dummy.total_num_steps *= tp_size
@@ -213,15 +218,13 @@ def _get_state_dict(plain: Callable[..., Any], self: Accelerator, model: Any, *a
 def _step_scheduler(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """accelerate steps once for each rank, because that many batches were taken; under the key, for each data-parallel rank."""
     state = AcceleratorState()
-    with _counting(state, tp_size_of(getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", None))):
+    tp_size = tp_size_of(getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", None))
+    if tp_size == 1 or self.split_batches or not (self.step_with_optimizer and self.gradient_state.sync_gradients):
         return plain(self, *args, **kwargs)
-
-
-@contextmanager
-def _counting(state: Any, tp_size: int) -> Iterator[None]:
-    everyone = state.num_processes
-    state.num_processes = everyone // tp_size
+    self.split_batches = True  # one step a call
     try:
-        yield
+        for _ in range(state.num_processes // tp_size):
+            if self.scheduler._step_count <= getattr(self.scheduler, "total_steps", math.inf):
+                plain(self, *args, **kwargs)
     finally:
-        state.num_processes = everyone
+        self.split_batches = False
