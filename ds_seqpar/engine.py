@@ -15,7 +15,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import deepspeed
@@ -41,6 +41,8 @@ from .plan.report import ParameterEntry, Report
 __all__ = ["data_parallel_group", "gathered", "initialize", "patch", "shard", "whole_parameter"]
 
 _plain_initialize = deepspeed.initialize
+ADOPTED_FORWARDS: dict[tuple[str, str], Callable[[Any, Callable[..., Any]], Callable[..., Any]]] = {}
+"""(module, function) of a forward that a host puts on a model object -> what takes its place on a sharded one."""
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -64,7 +66,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         raise ConfigError(f'mpu= cannot be combined with "{KEY}", which makes its own groups; leave mpu out')
     if not comm.is_initialized():
         comm.init_distributed(dist_backend=get_accelerator().communication_backend_name())
-    translated = _translated(ds_config, config)
+    trains = given.get("optimizer") is not None or "optimizer" in ds_config
+    translated = _translated(ds_config, config, trains)
     require_model(given.get("model"))
     report = shard(given["model"], config)
     given.update(config=translated, config_params=None, args=_without_config(given.get("args")))
@@ -83,12 +86,15 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     hf_model = require_model(model)
     facts = describe(hf_model)
     loss = causal_lm_loss(hf_model)
+    own_forward = _own_forward(hf_model)
     groups = _tensor_parallel_groups(config.tp_size)
     report = inject(hf_model, facts, config, groups)
     if loss is not None and facts.head is not None:
         hf_model.loss_function = CausalLMLoss(loss)
     if config.recompute is Recompute.FULL:
         enable_full_recompute(hf_model)
+    if own_forward is not None:
+        hf_model.forward = own_forward
     _tag(hf_model, report, groups)
     if model is not hf_model:
         model.ds_autotp_parsed = True  # type: ignore[assignment]
@@ -97,6 +103,21 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     if comm.get_rank() == 0:
         _logger().info("%s", report)
     return report
+
+
+def _own_forward(model: nn.Module) -> Callable[..., Any] | None:
+    """What replaces a forward that was put on the model object: it would go past the sharded model's own."""
+    forward = vars(model).get("forward")
+    if forward is None:
+        return None
+    function = getattr(forward, "__func__", forward)
+    name = (function.__globals__["__name__"], function.__code__.co_name)
+    if name not in ADOPTED_FORWARDS:
+        raise PlanError(
+            f"the forward of this {type(model).__name__} object was replaced by {'.'.join(name)}, and what that does is not known; "
+            "replace it after deepspeed.initialize, or subclass the model"
+        )
+    return ADOPTED_FORWARDS[name](model, forward)
 
 
 def patch() -> None:
@@ -161,7 +182,7 @@ def _without_config(args: Any) -> Any:
     return args
 
 
-def _translated(ds_config: dict[str, Any], config: SeqParConfig) -> dict[str, Any]:
+def _translated(ds_config: dict[str, Any], config: SeqParConfig, trains: bool = True) -> dict[str, Any]:
     """The config that DeepSpeed gets: its own tensor-parallel switch on, batch sizes over the data-parallel ranks."""
     world, t = comm.get_world_size(), config.tp_size
     if world % t:
@@ -178,7 +199,8 @@ def _translated(ds_config: dict[str, Any], config: SeqParConfig) -> dict[str, An
         raise ConfigError(
             f'"sequence_parallel_size": {ds_config["sequence_parallel_size"]} (Ulysses) cannot be combined with "{KEY}"; remove one'
         )
-    _refuse_wrong_norm(ds_config, t)
+    if trains:
+        _refuse_wrong_norm(ds_config, t)
     result = copy.deepcopy(ds_config)
     if t > 1:
         result["tensor_parallel"] = {**theirs, "autotp_size": t}

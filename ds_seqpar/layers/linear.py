@@ -238,17 +238,23 @@ class VocabParallelHead(nn.Linear):
         """(summed loss, counted labels), both fp32 scalars; see vocab_parallel_linear_cross_entropy."""
         return super().__call__(local, _region=region, _labels=labels, **options)  # type: ignore[no-any-return]
 
+    def token_figures(self, local: Tensor, region: TokenRegion, targets: Tensor, **options: Any) -> Any:
+        """TokenFigures of every token; see vocab_parallel_token_figures."""
+        return super().__call__(local, _region=region, _labels=targets, _figures=True, **options)
+
     def forward(  # type: ignore[override]
-        self, local: Tensor, _region: TokenRegion, _labels: Tensor | None = None, **options: Any
+        self, local: Tensor, _region: TokenRegion, _labels: Tensor | None = None, _figures: bool = False, **options: Any
     ) -> Any:
-        """What `gathered_logits` and `loss` do, below the module's hooks."""
+        """What `gathered_logits`, `loss` and `token_figures` do, below the module's hooks."""
+        from .logprobs import vocab_parallel_token_figures
         from .loss import vocab_parallel_linear_cross_entropy
 
         hidden, weight, bias = _autocast(local, self.weight, self.bias)
         assert hidden is not None and weight is not None
         with torch.autocast(hidden.device.type, enabled=False):
             if _labels is not None:
-                return vocab_parallel_linear_cross_entropy(
+                act = vocab_parallel_token_figures if _figures else vocab_parallel_linear_cross_entropy
+                return act(
                     hidden.reshape(_region.rows, -1),
                     weight,
                     bias,

@@ -13,10 +13,11 @@ def install() -> None:
     """Adapts the installed hosts. Idempotent."""
     if find_spec("accelerate") is None:
         return
-    from . import accelerate, hf_trainer
+    from . import accelerate, hf_trainer, trl
 
     accelerate.install()
     hf_trainer.install()
+    trl.install()
 
 
 import ds_seqpar  # noqa: E402, F401  whichever of the two is imported first, both are whole before an adapter is
