@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,7 @@ from .region import TokenRegion
 __all__ = ["TokenFigures", "vocab_parallel_token_figures"]
 
 
-@dataclass(frozen=True)
-class TokenFigures:
+class TokenFigures(NamedTuple):
     """[T] each, on every rank; fp32 (or wider) but `is_top1`. The first two are differentiable.
 
     log_probs: log softmax(z)[target]                 entropy: -sum_v p_v log p_v

@@ -23,15 +23,17 @@ def deepspeed_json(stage: int = 1, tp_size: int | None = 2, **more: Any) -> dict
     return config if tp_size is None else {**config, "ds_seqpar": {"tp_size": tp_size}}
 
 
-def assert_same_log(mine: list[dict[str, Any]], theirs: list[dict[str, Any]], *, without: tuple[str, ...] = ()) -> None:
-    """Every logged figure of every step, to 1e-5; counts exactly."""
+def assert_same_log(
+    mine: list[dict[str, Any]], theirs: list[dict[str, Any]], *, without: tuple[str, ...] = (), absolute: float = 0.0
+) -> None:
+    """Every logged figure of every step, to 1e-5 of it (or `absolute`, for differences of larger figures); counts exactly."""
     assert [sorted(set(entry) - set(without)) for entry in mine] == [sorted(set(x) - set(without)) for x in theirs]
     for ours, entry in zip(mine, theirs, strict=True):
         for name, value in entry.items():
             if name in without:
                 continue
             if isinstance(value, float):
-                assert abs(ours[name] - value) <= TOLERANCE * abs(value), (
+                assert abs(ours[name] - value) <= max(TOLERANCE * abs(value), absolute), (
                     f"step {entry['step']}: {name} {ours[name]} not {value}"
                 )
             else:
