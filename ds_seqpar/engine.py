@@ -86,7 +86,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     hf_model = require_model(model)
     facts = describe(hf_model)
     loss = causal_lm_loss(hf_model)
-    own_forward = _own_forward(hf_model)
+    own_forward = _own_forward(hf_model)  # before anything is touched; inject takes it off
     groups = _tensor_parallel_groups(config.tp_size)
     report = inject(hf_model, facts, config, groups)
     if loss is not None and facts.head is not None:

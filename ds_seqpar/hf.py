@@ -46,7 +46,7 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         raise PlanError(
             f"this {model_type} model is quantized ({config.quantization_config}); load it without quantization"
         )
-    replaced = next((m for m in (model, base) if "liger" in type(m).forward.__module__), None)
+    replaced = next((m for m in (model, base) if "liger" in getattr(m.forward, "__module__", "")), None)
     if replaced is not None:
         raise PlanError(
             f"Liger replaced the forward of {type(replaced).__name__} by one that reads the head's weight itself; apply Liger "

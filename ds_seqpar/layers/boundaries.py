@@ -58,10 +58,25 @@ def _with_signature_of(cls: type, forward: Callable[..., Any]) -> Callable[..., 
     return sharded_forward
 
 
+def _on_object(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(getattr(forward, "__func__", forward))
+    def of_class(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return of_class
+
+
 def become(module: nn.Module, *mixins: type, before: bool = True) -> None:
     """Makes `module` an instance of its own class behind (or before) the mixins, in place: parameters, hooks and
     attributes stay the objects they are."""
     cls: Any = type(module)  # Module's metaclass hides from mypy that classes are hashable
+    own = vars(module).pop("forward", None)
+    if own is not None:  # a kernel library put it on the object, where it would hide the mixin's
+        cls = type(
+            cls.__name__,
+            (cls,),
+            {"forward": _on_object(own), "__module__": cls.__module__, "__qualname__": cls.__qualname__},
+        )
     module.__class__ = _sharded_class(cls, mixins, before)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedType, DummyScheduler, recursively_apply
+from accelerate.utils import DistributedType, DummyScheduler, DynamoBackend, recursively_apply
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -132,6 +132,11 @@ def _prepare_deepspeed(plain: Callable[..., Any], self: Accelerator, *args: Any)
         raise ConfigError(
             f'"{KEY}.tp_size": {tp_size} does not divide the {self.num_processes} processes that accelerate knows of; start more with '
             "a launcher (deepspeed, torchrun, accelerate launch), and without a GPU make PartialState(cpu=True) first"
+        )
+    if is_on(self.deepspeed_plugin.deepspeed_config) and self.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ConfigError(
+            f'torch_compile ({self.state.dynamo_plugin.backend}) cannot follow the sharded layers of "{KEY}"; set torch_compile=False, '
+            "or dynamo_backend: NO in the accelerate config"
         )
     dummies = [x for x in args if isinstance(x, DummyScheduler) and x.total_num_steps is not None]
     for dummy in dummies:  # accelerate divides them by all ranks, but only the data-parallel ones share the steps

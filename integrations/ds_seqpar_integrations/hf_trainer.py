@@ -7,6 +7,7 @@ Private names it relies on, each held by a contract test:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from .accelerate import is_on, tp_size_of
 from .wrapping import wrap
 
 __all__ = ["install"]
+
+_log = logging.getLogger("ds_seqpar")
 
 
 def install() -> None:
@@ -48,6 +51,11 @@ def _process_config(plain: Callable[..., None], self: Any, args: Any, *rest: Any
         plain(self, args, *rest, **kwargs)
         return
     _adapt_trainer()
+    if getattr(args, "use_liger_kernel", False) and (args.liger_kernel_config or {}).get(
+        "fused_linear_cross_entropy", True
+    ):
+        _log.warning("Liger's fused loss is turned off: it reads the whole head, and ds_seqpar fuses the loss itself")
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
     if getattr(args, "hf_deepspeed_config", None) is None:
         args.hf_deepspeed_config = self  # the plugin came from accelerate's own config; get_tp_size() looks here
     theirs = self.config.pop("train_batch_size", None)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hf_trainer
-from models import tiny
+from models import batches, tiny
 from ranks import RankError, run_ranks
 from same_run import assert_same_files, assert_same_log, deepspeed_json
 
@@ -88,7 +89,7 @@ def test_four_ranks_with_zero_3_train_as_one_process(model: str, tmp_path: Path)
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["shuffled", "iterable"])
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["shuffled", "iterable"])
 def test_two_groups_of_two_take_the_batches_of_two_plain_ranks(model: str, tmp_path: Path, stream: bool) -> None:
     """Also what accelerate does for data parallelism stays: odd tails, evaluation over two shares, streams."""
     # Without the key accelerate sends batches of a stream from rank 0, which must then be of one size.
@@ -111,17 +112,79 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "label_smoothing": dict(label_smoothing_factor=0.1),
     "grouped_by_length": dict(train_sampling_strategy="group_by_length", remove_unused_columns=False),
     "drop_last": dict(dataloader_drop_last=True, average_tokens_across_devices=False, per_device_eval_batch_size=2),
-    "eager": dict(max_grad_norm=0.0, eval_accumulation_steps=1, batch_eval_metrics=False, weight_decay=0.1),
+    "weight_decay": dict(max_grad_norm=0.0, eval_accumulation_steps=1, weight_decay=0.1),
 }
+QUICK = {"gradient_checkpointing", "label_smoothing"}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in OPTIONS])
 def test_an_option_of_the_trainer_gives_the_same_run(model: str, tmp_path: Path, option: str) -> None:
     job = _job(model, arguments=OPTIONS[option])
     alone = _run(1, job, tmp_path / "alone")[0]
     mine = _run(2, job, tmp_path / "mine", deepspeed_json(2))
     _same(mine, alone)
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementations_give_the_same_run(model: str, tmp_path: Path, attention: str) -> None:
+    job = _job(model, attention=attention)
+    alone = _run(1, job, tmp_path / "alone")[0]
+    _same(_run(2, job, tmp_path / "mine", deepspeed_json()), alone)
+
+
+def _compiled(model: str, out: str) -> None:
+    arguments = {**STEPS, "deepspeed": deepspeed_json(), "torch_compile": True, "torch_compile_backend": "eager"}
+    hf_trainer.run({"model": model, "arguments": arguments}, Path(out))
+
+
+def test_torch_compile_is_refused_by_name(model: str, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"torch_compile .* cannot follow the sharded layers"):
+        run_ranks(2, _compiled, model, str(tmp_path), timeout=60)
+
+
+def _kernels(model: str) -> None:
+    """What Liger and `use_kernels` do: forwards on the objects of norms and MLPs, and a loss of their own unless told not to."""
+    import torch
+    from exactness import fresh_groups
+    from sharding import same_loss_and_gradients
+    from transformers import TrainingArguments
+
+    import ds_seqpar
+
+    class Swapped:
+        @staticmethod
+        def norm(self: Any, x: Any) -> Any:
+            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+        @staticmethod
+        def mlp(self: Any, x: Any) -> Any:
+            return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)) * 2.0
+
+    def swapped(of: Any) -> Any:
+        for name, module in of.named_modules():
+            kind = Swapped.norm if name.endswith("norm") else Swapped.mlp if name.endswith("mlp") else None
+            if kind is not None:
+                module.forward = types.MethodType(kind, module)
+        return of.train()
+
+    fresh_groups()
+    ours, theirs = (swapped(tiny("llama", dtype=torch.float64)) for _ in range(2))
+    ds_seqpar.shard(ours, {"tp_size": 2})
+    batch = batches(1, 2)[0]
+    same_loss_and_gradients(ours, theirs, lambda of: of(**batch).loss)
+    with torch.no_grad():
+        mine, expected = (of.eval()(**batch).loss for of in (ours, theirs))
+        torch.testing.assert_close(mine, expected, check_dtype=False, rtol=1e-6, atol=0)
+    arguments = TrainingArguments(
+        output_dir="out", use_cpu=True, deepspeed=deepspeed_json(), use_liger_kernel=True, per_device_train_batch_size=2
+    )
+    assert arguments.liger_kernel_config == {"fused_linear_cross_entropy": False}
+
+
+def test_kernels_on_module_objects_stay_and_their_loss_is_turned_off(model: str) -> None:
+    run_ranks(2, _kernels, model, timeout=60)
 
 
 def test_checkpoints_resume_and_the_best_one_is_loaded(model: str, tmp_path: Path) -> None:

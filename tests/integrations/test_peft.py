@@ -84,12 +84,17 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2", "gpt_neox"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "phi3", *(pytest.param(x, marks=SLOW) for x in ("qwen3", "gemma2", "gpt_neox"))]
+)
 def test_every_adapters_gradient_equals_the_unsharded_models(family: str) -> None:
     run_ranks(2, _gradients, family, {}, False, {}, timeout=90)
 
 
-@pytest.mark.parametrize("key", ["tp only", "selective", "full"])
+@pytest.mark.parametrize("key", ["tp only", pytest.param("selective", marks=SLOW), "full"])
 def test_modes_keep_the_adapters_gradients(key: str) -> None:
     run_ranks(2, _gradients, "llama", KEYS[key], False, {}, timeout=90)
 
@@ -206,7 +211,7 @@ def test_adapters_are_saved_and_merged_as_unsharded(tmp_path: Path) -> None:
     assert_same_files(tmp_path / "merged", tmp_path / "their_merged")
 
 
-@pytest.mark.parametrize(("stage", "world"), [(1, 2), (3, 4)])
+@pytest.mark.parametrize(("stage", "world"), [pytest.param(1, 2, marks=SLOW), (3, 4)])
 def test_the_trainer_trains_and_saves_lora_as_one_process(tmp_path: Path, stage: int, world: int) -> None:
     tiny("llama").save_pretrained(tmp_path / "model")
     # A's gradient is zero until B is not: AdamW would scale up its rounding without a larger epsilon.
@@ -249,3 +254,42 @@ def _refused(lora: dict[str, Any]) -> None:
 def test_what_is_not_exact_is_refused_by_name(lora: dict[str, Any], message: str) -> None:
     with pytest.raises(RankError, match=message):
         run_ranks(2, _refused, lora, timeout=60)
+
+
+def _dropout() -> list[float]:
+    """Off in evaluation; in training each rank drops its own rows, nothing is gathered, and whole factors stay replicas."""
+    fresh_groups()
+    model, reference = _adapted("llama", lora_dropout=0.5), _adapted("llama", lora_dropout=0.5)
+    ds_seqpar.shard(model, {"tp_size": 2})
+    batch = batches(1, 2)[0]
+    with torch.no_grad():
+        mine, theirs = model.eval()(**batch).loss, reference.eval()(**batch).loss
+    assert relative_error(mine, theirs) < 1e-6
+    torch.manual_seed(0)
+    losses = []
+    for _ in range(200):
+        loss = model.train()(**batch).loss
+        losses.append(float(loss.detach()))
+    loss.backward()
+    state = require_model(model).seqpar
+    assert not state.materialised, dict(state.materialised)
+    for parameter in model.parameters():
+        if parameter.grad is not None and state.entries[id(parameter)].cut is None:
+            everyone = [torch.empty_like(parameter.grad) for _ in range(2)]
+            dist.all_gather(everyone, parameter.grad)
+            assert torch.equal(*everyone)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        expected = [float(reference.train()(**batch).loss) for _ in range(200)]
+    for spread in (torch.tensor(losses), torch.tensor(expected)):
+        assert spread.std() > 0
+    gap = abs(sum(losses) - sum(expected)) / 200
+    assert gap < 5 * (torch.tensor(losses).std() + torch.tensor(expected).std()) / 200**0.5, (
+        "the losses have another mean"
+    )
+    return losses
+
+
+def test_adapter_dropout_is_off_in_evaluation_and_on_in_training() -> None:
+    first, second = run_ranks(2, _dropout, timeout=90)
+    assert first == second

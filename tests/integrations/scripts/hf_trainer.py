@@ -85,7 +85,7 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
         include_num_input_tokens_seen="non_padding", **job["arguments"],
     )  # fmt: skip
     set_seed(7)
-    model = AutoModelForCausalLM.from_pretrained(job["model"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], attn_implementation=job.get("attention"))
     if job.get("lora"):
         from peft import LoraConfig, get_peft_model
 
