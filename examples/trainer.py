@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import deepspeed.ops
 import torch
 from text_data import pack, read_documents, split_documents, standard_library
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -41,6 +42,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 def main() -> None:
     parser = HfArgumentParser((DataArguments, TrainingArguments))
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled on the CPU, and never used
     data, training = parser.parse_args_into_dataclasses()
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(data.model)
@@ -53,8 +55,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(data.model, dtype=torch.bfloat16 if training.bf16 else torch.float32)
     trainer = Trainer(model, training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
     trainer.train()
-    trainer.evaluate()  # on all ranks, as training and saving
+    metrics = trainer.evaluate()  # on all ranks, as training and saving
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(metrics, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS: dict[str, Any] = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, learning_rate=1e-3, adam_epsilon=1e-6,
     max_grad_norm=0.5, eval_strategy="steps", eval_steps=2, save_strategy="no",
+    per_device_eval_batch_size=2,
 )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reentrant": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
     "label_smoothing": dict(label_smoothing_factor=0.1),
     "grouped_by_length": dict(train_sampling_strategy="group_by_length", remove_unused_columns=False),
-    "drop_last": dict(dataloader_drop_last=True, average_tokens_across_devices=False, per_device_eval_batch_size=2),
+    "drop_last": dict(dataloader_drop_last=True, average_tokens_across_devices=False),
     "weight_decay": dict(max_grad_norm=0.0, eval_accumulation_steps=1, weight_decay=0.1),
 }
 QUICK = {"gradient_checkpointing", "label_smoothing"}
