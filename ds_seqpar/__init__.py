@@ -3,6 +3,8 @@
 Importing this package makes `deepspeed.initialize` look for the key `ds_seqpar`; without the key nothing changes.
 """
 
+from ds_seqpar_integrations import install
+
 from .checkpoint.export import full_state_dict, save_pretrained
 from .checkpoint.loading import from_pretrained, loading
 from .config import SeqParConfig
@@ -28,3 +30,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 patch()
+install()

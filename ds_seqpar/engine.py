@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -40,17 +40,18 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import groups as ds_groups
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .checkpoint.gathering import gather_parameter, part_of
 from .checkpoint.rendezvous import meet
 from .checkpoint.resume import load_checkpoint, save_checkpoint
 from .checkpoint.universal import affine_map, affine_maps
-from .checkpoint.writing import write_together
+from .checkpoint.writing import write_together, write_wrapper_together
 from .config import KEY, Recompute, SeqParConfig
-from .errors import ConfigError, PlanError
+from .errors import CheckpointError, ConfigError, PlanError
 from .groups import ParallelGroups
 from .hf import causal_lm_loss, describe, enable_full_recompute, require_model, uses_sdpa
-from .inject import PartlyLoaded, inject, report_of
+from .inject import PartlyLoaded, inject, report_of, see_through
 from .layers.attention import LEAST_TOKENS_FOR_CUDNN, prefers_cudnn
 from .layers.boundaries import ShardedBlock
 from .layers.linear import ColumnParallelLinear
@@ -58,9 +59,13 @@ from .layers.loss import CausalLMLoss
 from .layers.region import ShardingState
 from .plan.report import ParameterEntry, Report
 
-__all__ = ["export", "gathered", "groups_of", "initialize", "patch", "saved_buffers", "shard", "whole_parameter"]
+__all__ = [
+    "data_parallel_group", "export", "gathered", "groups_of", "initialize", "patch", "saved_buffers", "shard", "whole_parameter",
+]  # fmt: skip
 
 _plain_initialize = deepspeed.initialize
+ADOPTED_FORWARDS: dict[tuple[str, str], Callable[[Any, Callable[..., Any]], Callable[..., Any]]] = {}
+"""(module, function) of a forward that a host puts on a model object -> what takes its place on a sharded one."""
 
 SAFE_CLASSES = (fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum)
 """What DeepSpeed's checkpoint files hold beside tensors and plain values."""
@@ -87,9 +92,10 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         raise ConfigError(f'mpu= cannot be combined with "{KEY}", which makes its own groups; leave mpu out')
     if not comm.is_initialized():
         comm.init_distributed(dist_backend=get_accelerator().communication_backend_name())
-    translated = _translated(ds_config, config)
-    model = require_model(given.get("model"))
-    report = shard(model, config)
+    trains = given.get("optimizer") is not None or "optimizer" in ds_config
+    translated = _translated(ds_config, config, trains)
+    require_model(given.get("model"))
+    report = shard(given["model"], config)
     given.update(config=translated, config_params=None, args=_without_config(given.get("args")))
     results = _plain_initialize(**given)
     _finish(results[0], report, config, ds_config)
@@ -111,6 +117,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         )
     facts = loaded.facts if loaded is not None else describe(hf_model)
     loss = causal_lm_loss(hf_model)
+    own_forward = _own_forward(hf_model)  # before anything is touched; inject takes it off
     groups = _tensor_parallel_groups(config.tp_size)
     report = inject(hf_model, facts, config, groups, already_cut=loaded is not None)
     for mark in ("seqpar_loaded", "save_pretrained", "resize_token_embeddings") if loaded is not None else ():
@@ -125,10 +132,31 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         and prefers_cudnn(get_accelerator().current_device())
     ):
         report.remarks.append(f"attention: SDPA takes cuDNN's kernel first, from {LEAST_TOKENS_FOR_CUDNN} tokens on")
+    if own_forward is not None:
+        hf_model.forward = own_forward
     _tag(hf_model, report, groups)
+    if model is not hf_model:
+        model.ds_autotp_parsed = True  # type: ignore[assignment]
+        see_through(model)
+        _refuse_on_wrapper(model)
     if comm.get_rank() == 0:
         _logger().info("%s", report)
     return report
+
+
+def _own_forward(model: nn.Module) -> Callable[..., Any] | None:
+    """What replaces a forward that was put on the model object: it would go past the sharded model's own."""
+    forward = vars(model).get("forward")
+    if forward is None:
+        return None
+    function = getattr(forward, "__func__", forward)
+    name = (function.__globals__["__name__"], function.__code__.co_name)
+    if name not in ADOPTED_FORWARDS:
+        raise PlanError(
+            f"the forward of this {type(model).__name__} object was replaced by {'.'.join(name)}, and what that does is not known; "
+            "replace it after deepspeed.initialize, or subclass the model"
+        )
+    return ADOPTED_FORWARDS[name](model, forward)
 
 
 def patch() -> None:
@@ -193,7 +221,7 @@ def _without_config(args: Any) -> Any:
     return args
 
 
-def _translated(ds_config: dict[str, Any], config: SeqParConfig) -> dict[str, Any]:
+def _translated(ds_config: dict[str, Any], config: SeqParConfig, trains: bool = True) -> dict[str, Any]:
     """The config that DeepSpeed gets: its own tensor-parallel switch on, batch sizes over the data-parallel ranks."""
     world, t = comm.get_world_size(), config.tp_size
     if world % t:
@@ -210,7 +238,8 @@ def _translated(ds_config: dict[str, Any], config: SeqParConfig) -> dict[str, An
         raise ConfigError(
             f'"sequence_parallel_size": {ds_config["sequence_parallel_size"]} (Ulysses) cannot be combined with "{KEY}"; remove one'
         )
-    _refuse_wrong_norm(ds_config, t)
+    if trains:
+        _refuse_wrong_norm(ds_config, t)
     result = copy.deepcopy(ds_config)
     if t > 1:
         result["tensor_parallel"] = {**theirs, "autotp_size": t}
@@ -291,6 +320,11 @@ def _tensor_parallel_groups(tp_size: int) -> ParallelGroups:
     return ParallelGroups.around(group)
 
 
+def data_parallel_group() -> ProcessGroup:
+    """The ranks that hold the same part of the model as this one; needs a model to have been sharded."""
+    return ds_groups.get_data_parallel_group()  # type: ignore[no-any-return]
+
+
 def _tag(model: nn.Module, report: Report, groups: ParallelGroups) -> None:
     """Tells DeepSpeed what it must know of the shards: whose norm counts, how they become whole, what ZeRO-3 fetches at once."""
     model.ds_autotp_parsed = True  # type: ignore[assignment]
@@ -350,7 +384,7 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     check = getattr(engine, "first_dataloader_check", None)
     if check is not None:
         check.remove()  # ours compares every forward, and first
-    state, plain_step = engine.module.seqpar, engine.step
+    state, plain_step = require_model(engine.module).seqpar, engine.step
 
     @functools.wraps(plain_step)
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -390,8 +424,27 @@ def _save_16bit_model(
     return True
 
 
+def _refuse_on_wrapper(wrapper: nn.Module) -> None:
+    """What a wrapper would do with this rank's part as if it were the whole."""
+    plain_save = wrapper.save_pretrained
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("state_dict") is None:
+            raise CheckpointError(
+                "model.save_pretrained would write this rank's shards; call ds_seqpar.save_pretrained(engine, folder) on all "
+                "ranks, or pass state_dict=ds_seqpar.full_state_dict(engine)"
+            )
+        return plain_save(*args, **kwargs)  # type: ignore[operator]
+
+    def later(*args: Any, **kwargs: Any) -> NoReturn:
+        raise PlanError("adapters must be added or loaded before the model is sharded: before deepspeed.initialize")
+
+    wrapper.save_pretrained = save_pretrained  # type: ignore[assignment]
+    wrapper.add_adapter = wrapper.load_adapter = later  # type: ignore[assignment]
+
+
 def gathered(engine_or_model: Any) -> tuple[nn.Module, Report]:
-    """(model, report) of an engine or a sharded model. Raises PlanError for anything else."""
+    """(model, report) of an engine or a sharded model, the model in its wrapper. Raises PlanError for anything else."""
     model = getattr(engine_or_model, "module", engine_or_model)
     report = report_of(model) if isinstance(model, nn.Module) else None
     if report is None:
@@ -417,12 +470,16 @@ def export(
     engine_or_model: Any, folder: Path, what: str, weights_name: str, max_shard_size: int | str, *, tokenizer: Any = None,
     without_frozen: bool = False,
 ) -> None:  # fmt: skip
-    """Writes an ordinary Hugging Face checkpoint from all ranks; `what` is the call that a user made."""
-    model, report = gathered(engine_or_model)
-    state: ShardingState = model.seqpar  # type: ignore[assignment]
+    """Writes an ordinary Hugging Face checkpoint from all ranks; `what` is the call that a user made.
+
+    A wrapper (of adapters) writes its own part, in its own way.
+    """
+    model, _ = gathered(engine_or_model)
+    inner = require_model(model)
+    state: ShardingState = inner.seqpar
     meet(what, state.groups.world_cpu_group)
-    entries, buffers = report.parameters(), saved_buffers(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers, parameters = saved_buffers(model), dict(model.named_parameters(remove_duplicate=False))
+    entries = {name: state.entries[id(p)] for name, p in parameters.items()}
     whole = {
         name: torch.empty(entries[name].shape, dtype=p.dtype, device="meta")
         for name, p in parameters.items()
@@ -435,7 +492,10 @@ def export(
             return buffers[name]
         return whole_parameter(parameters[name], entries[name], state.groups)
 
+    if model is not inner:
+        write_wrapper_together(model, folder.resolve(), whole, fetch, state.groups.world_cpu_group, tokenizer=tokenizer)
+        return
     write_together(
-        model, folder.resolve(), whole, fetch, state.groups.world_cpu_group, max_shard_size=max_shard_size,
+        inner, folder.resolve(), whole, fetch, state.groups.world_cpu_group, max_shard_size=max_shard_size,
         weights_name=weights_name, tokenizer=tokenizer,
     )  # fmt: skip

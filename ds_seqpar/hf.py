@@ -25,6 +25,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from .errors import CheckpointError, PlanError
 from .plan.facts import ModelFacts, ModuleFacts
+from .plan.wrappers import adapter_layer, inner_model_path, is_foreign
 
 __all__ = [
     "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "empty_model",
@@ -33,7 +34,10 @@ __all__ = [
 
 
 def require_model(model: object) -> PreTrainedModel:
-    """`model`, if it is a Hugging Face model that nothing wraps. Raises PlanError otherwise."""
+    """`model`, or the one inside a known wrapper, if it is a Hugging Face model. Raises PlanError otherwise."""
+    path = inner_model_path(model)
+    if path is not None and isinstance(model, nn.Module):
+        model = model.get_submodule(path)
     if isinstance(model, PreTrainedModel):
         return model
     inner = getattr(model, "module", None)
@@ -58,7 +62,7 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         raise PlanError(
             f"this {model_type} model is quantized ({config.quantization_config}); load it without quantization"
         )
-    replaced = next((m for m in (model, base) if "liger" in type(m).forward.__module__), None)
+    replaced = next((m for m in (model, base) if "liger" in getattr(m.forward, "__module__", "")), None)
     if replaced is not None:
         raise PlanError(
             f"Liger replaced the forward of {type(replaced).__name__} by one that reads the head's weight itself; apply Liger "
@@ -87,7 +91,16 @@ def describe(model: PreTrainedModel) -> ModelFacts:
 
 def _modules(model: nn.Module) -> dict[str, ModuleFacts]:
     facts = {}
+    wrapped = ""
     for name, module in model.named_modules():
+        if wrapped and name.startswith(f"{wrapped}."):
+            continue
+        if is_foreign(module):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise PlanError(f"{name} is a {kind}, which cannot be sharded; LoRA and rsLoRA on linears can")
+        wrapper = adapter_layer(module)
+        if wrapper is not None:
+            wrapped, module = name, getattr(module, wrapper.base)
         shapes = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
         if shapes:
             role = "other"

@@ -22,7 +22,16 @@ from .errors import PlanError
 from .families import TESTED, family
 from .groups import ParallelGroups
 from .kernels.gating import known_activation
-from .layers.boundaries import ShardedBlock, ShardedLayer, ShardedModel, ShardedTopModel, TokenwiseModule, become
+from .layers.adapters import AdapterDown, TakesHandles
+from .layers.boundaries import (
+    HidesHandles,
+    ShardedBlock,
+    ShardedLayer,
+    ShardedModel,
+    ShardedTopModel,
+    TokenwiseModule,
+    become,
+)
 from .layers.embedding import VocabParallelEmbedding
 from .layers.gating import DeferredActivation
 from .layers.guard import InputGuard
@@ -38,8 +47,9 @@ from .plan.facts import ModelFacts
 from .plan.report import Entry, ParameterEntry, Report
 from .plan.resolve import BlockPlan, ModelPlan, resolve
 from .plan.styles import Style
+from .plan.wrappers import AdapterLayer, adapter_layer, inner_model_path
 
-__all__ = ["PartlyLoaded", "inject", "planned_cuts", "report_of"]
+__all__ = ["PartlyLoaded", "inject", "planned_cuts", "report_of", "see_through"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ def inject(
         materialised=report.materialised,
     )
     _Injection(model, facts, plan, state, report, already_cut).run()
+    entries = report.parameters()
+    state.entries.update({id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)})
     if facts.model_type not in TESTED:
         report.remarks.append(
             f"{facts.model_type} is not among the model types that are tested ({', '.join(TESTED)}); compare one step with the "
@@ -101,9 +113,18 @@ def inject(
     return report
 
 
+def see_through(wrapper: nn.Module) -> None:
+    """Lets a known wrapper hand on what the sharded model inside it returns."""
+    path, outer = inner_model_path(wrapper), wrapper
+    for name in (path or "").split("."):
+        become(outer, HidesHandles)
+        outer = getattr(outer, name)
+
+
 def report_of(model: nn.Module) -> Report | None:
-    """The Report of a sharded model, None for any other."""
-    report = vars(model).get("seqpar_report")
+    """The Report of a sharded model, also inside a known wrapper; None for any other."""
+    path = inner_model_path(model)
+    report = vars(model if path is None else model.get_submodule(path)).get("seqpar_report")
     return report if isinstance(report, Report) else None
 
 
@@ -163,12 +184,13 @@ def _checksum(parameter: Tensor) -> int:
 def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
     """What needs the modules themselves to be checked, and must be before any is touched."""
     for name in plan.tokenwise:
-        if not is_tokenwise(model.get_submodule(name), facts.hidden_size):
+        if not is_tokenwise(_at(model, name), facts.hidden_size):
             raise PlanError(
                 f"{name} ({facts.modules[name].type_name}) owns parameters and mixes tokens, or takes more than hidden states, so "
                 f"it cannot run on a shard of the tokens; {facts.model_type} needs a data file that says what becomes of it"
             )
-    embedding = model.get_submodule(facts.embedding)
+    _check_adapters(model, facts, plan)
+    embedding = _at(model, facts.embedding)
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(embedding, option):
             raise PlanError(
@@ -179,6 +201,29 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
             if _same_place(facts.full_name(pattern), name):
                 for path in attributes:
                     _owner(model.get_submodule(name), path)  # raises if it was renamed
+
+
+def _at(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name in the unwrapped model."""
+    module = model.get_submodule(name)
+    wrapper = adapter_layer(module)
+    return module if wrapper is None else getattr(module, wrapper.base)
+
+
+def _check_adapters(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
+    for name in facts.modules:
+        module = model.get_submodule(name)
+        wrapper = adapter_layer(module)
+        if wrapper is None:
+            continue
+        for attribute, meaning in wrapper.refused.items():
+            if getattr(module, attribute, None):
+                raise PlanError(f"{name} has {meaning}; it cannot be sharded exactly: use plain LoRA or rsLoRA")
+        style = plan.modules[name].style if name in plan.modules else None
+        fits = style is Style.EMBEDDING if wrapper.whole else style in (Style.COLUMN, Style.PACKED_COLUMN, Style.ROW)
+        if not fits:
+            place = style.value if style else "not in a sharded block"
+            raise PlanError(f"{name} ({place}) carries an adapter; leave it out of the adapter's target_modules")
 
 
 def _same_place(pattern: str, name: str) -> bool:
@@ -233,7 +278,7 @@ class _Injection:
 
     def run(self) -> None:
         for name in self.facts.modules:
-            self._module(name, self.model.get_submodule(name))
+            self._module(name, _at(self.model, name))
         for block in self.plan.blocks.values():
             self._block(block)
         for name in self.plan.layers:
@@ -288,7 +333,37 @@ class _Injection:
             parameters[key] = self._parameter(parameter, planned.cuts.get(key), planned.style)
         module.seqpar = self.state  # type: ignore[assignment]
         becomes = self._swap(name, module, planned.style, planned.cuts)
-        self.entries.append(Entry(name, was, becomes, parameters, planned.why))
+        outer = self.model.get_submodule(name)
+        wrapper = adapter_layer(outer)
+        self.entries.append(
+            Entry(name if wrapper is None else f"{name}.{wrapper.base}", was, becomes, parameters, planned.why)
+        )
+        if wrapper is not None:
+            self._adapters(name, outer, wrapper, planned.style, planned.cuts)
+
+    def _adapters(self, name: str, outer: nn.Module, wrapper: AdapterLayer, style: Style, cuts: Any) -> None:
+        """Low-rank factors: cut where the base layer's dimension is cut, whole (and partial) where it is not."""
+        if wrapper.down:
+            for module in (outer, *getattr(outer, wrapper.dropout).values()):
+                become(module, TakesHandles)
+        for attribute in wrapper.whole:
+            shapes = {k: tuple(p.shape) for k, p in getattr(outer, attribute).items()}
+            entries = {k: ParameterEntry(Kind.FULL, shape, shape) for k, shape in shapes.items()}
+            self.entries.append(
+                Entry(f"{name}.{attribute}", "Parameter", "Parameter", entries, "an adapter; stays whole")
+            )
+        for attribute, is_cut in ((wrapper.down, style is Style.ROW), (wrapper.up, style is not Style.ROW)):
+            for adapter, factor in getattr(outer, attribute).items() if attribute else ():
+                own = {key: cuts["weight"] if is_cut else None for key, _ in factor.named_parameters()}
+                parameters = {k: self._parameter(p, own[k], style) for k, p in factor.named_parameters()}
+                factor.out_features, factor.in_features = factor.weight.shape
+                factor.seqpar, was = self.state, type(factor).__name__
+                if attribute == wrapper.down:
+                    factor.__class__ = RowParallelLinear if style is Style.ROW else AdapterDown
+                entry = Entry(
+                    f"{name}.{attribute}.{adapter}", was, type(factor).__name__, parameters, "an adapter's factor"
+                )
+                self.entries.append(entry)
 
     def _unplanned(self, name: str, module: nn.Module, was: str) -> None:
         partial = name in self.plan.tokenwise and self.state.sequence_parallel
@@ -354,7 +429,7 @@ class _Injection:
 
     def _block(self, block: BlockPlan) -> None:
         module = self.model.get_submodule(block.name)
-        columns = [self.model.get_submodule(name) for name in block.columns]
+        columns = [_at(self.model, name) for name in block.columns]
         siblings = tuple(c for c in columns if c.in_features == self.facts.hidden_size)
         for column in columns:
             column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]

@@ -236,7 +236,7 @@ def _environment(folder: Path, **more: str) -> dict[str, str]:
         if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH")
     }
     return {
-        **kept, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1",
+        **kept, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/integrations", "MASTER_ADDR": "127.0.0.1",
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **more,
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..engine import export, gathered, saved_buffers, whole_parameter
+from ..hf import require_model
 from ..layers.region import ShardingState
 from .rendezvous import meet
 from .writing import PICKLED_WEIGHTS, SAFE_WEIGHTS
@@ -17,25 +18,28 @@ from .writing import PICKLED_WEIGHTS, SAFE_WEIGHTS
 __all__ = ["full_state_dict", "save_pretrained"]
 
 
-def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
+def full_state_dict(engine_or_model: Any, *, trainable_only: bool = False) -> dict[str, Tensor]:
     """The model's state dict with every tensor whole: on CPU on rank 0, empty elsewhere. Call it on all ranks.
 
-    Names, shapes and tying are those of the unsharded model; the dtype is the model's. Raises CheckpointError, naming the
-    ranks that are missing, if only some call it.
+    Names, shapes and tying are those of the unsharded model; the dtype is the model's. `trainable_only` leaves out frozen
+    parameters and buffers (the base model under an adapter). Raises CheckpointError, naming the ranks that are missing, if
+    only some call it.
     """
-    model, report = gathered(engine_or_model)
-    state: ShardingState = model.seqpar  # type: ignore[assignment]
+    model, _ = gathered(engine_or_model)
+    state: ShardingState = require_model(model).seqpar
     meet("ds_seqpar.full_state_dict", state.groups.world_cpu_group)
-    entries, keep = report.parameters(), dist.get_rank() == 0
+    keep = dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
     by_identity: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if trainable_only and not parameter.requires_grad:
+            continue
         if id(parameter) not in by_identity:
-            tensor = whole_parameter(parameter, entries[name], state.groups)
+            tensor = whole_parameter(parameter, state.entries[id(parameter)], state.groups)
             by_identity[id(parameter)] = tensor.cpu() if keep else tensor.new_empty(0)
         if keep:
             whole[name] = by_identity[id(parameter)]
-    if keep:
+    if keep and not trainable_only:
         whole.update({name: tensor.detach().cpu() for name, tensor in saved_buffers(model).items()})
     dist.barrier()  # a rank that holds nothing must not leave, or exit, while the others still gather from it
     return whole

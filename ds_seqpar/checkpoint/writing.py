@@ -26,6 +26,7 @@ __all__ = [
     "plan_tensors",
     "write_model",
     "write_together",
+    "write_wrapper_together",
 ]
 
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
@@ -187,6 +188,29 @@ def write_together(
         if error is not None:
             raise error
         if writes:
+            finish(target)
+
+
+def write_wrapper_together(
+    wrapper: nn.Module, target: Path, whole: Mapping[str, Tensor], fetch: Fetch, group: ProcessGroup | None, *,
+    tokenizer: Any = None,
+) -> None:  # fmt: skip
+    """What the `save_pretrained` of a wrapper (of adapters) writes, from whole tensors that rank 0 holds at once.
+
+    Raises CheckpointError on every rank.
+    """
+    what, writes = f"the checkpoint was not written: {target}", rank_in_run() == 0
+    tensors: dict[str, Tensor] = {}
+    for name in whole:
+        tensor = fetch(name)
+        if writes:
+            tensors[name] = tensor.detach().cpu()
+    with agreed(what, group):
+        if writes:
+            aside = begin(target)
+            wrapper.save_pretrained(str(aside), state_dict=tensors)  # type: ignore[operator]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(aside))
             finish(target)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -26,7 +27,15 @@ from .random import seed_of_state
 from .region import ShardingState, TokenRegion
 from .rotary import within_sharded_block
 
-__all__ = ["ShardedBlock", "ShardedLayer", "ShardedModel", "ShardedTopModel", "TokenwiseModule", "become"]
+__all__ = [
+    "HidesHandles",
+    "ShardedBlock",
+    "ShardedLayer",
+    "ShardedModel",
+    "ShardedTopModel",
+    "TokenwiseModule",
+    "become",
+]
 
 
 Path = tuple[Any, ...]
@@ -52,10 +61,25 @@ def _with_signature_of(cls: type, forward: Callable[..., Any]) -> Callable[..., 
     return sharded_forward
 
 
+def _on_object(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(getattr(forward, "__func__", forward))
+    def of_class(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return of_class
+
+
 def become(module: nn.Module, *mixins: type, before: bool = True) -> None:
     """Makes `module` an instance of its own class behind (or before) the mixins, in place: parameters, hooks and
     attributes stay the objects they are."""
     cls: Any = type(module)  # Module's metaclass hides from mypy that classes are hashable
+    own = vars(module).pop("forward", None)
+    if own is not None:  # a kernel library put it on the object, where it would hide the mixin's
+        cls = type(
+            cls.__name__,
+            (cls,),
+            {"forward": _on_object(own), "__module__": cls.__module__, "__qualname__": cls.__qualname__},
+        )
     module.__class__ = _sharded_class(cls, mixins, before)
 
 
@@ -180,6 +204,15 @@ class _Guarded:
             "resize_token_embeddings must come before the model is sharded: call it before deepspeed.initialize"
         )
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Hugging Face's count, of the whole model."""
+        entries, count = self.seqpar.entries, 0
+        embeddings = {f"{n}.weight" for n, m in self.named_modules() if isinstance(m, nn.Embedding)}  # type: ignore[attr-defined]
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            if not (exclude_embeddings and name in embeddings) and (parameter.requires_grad or not only_trainable):
+                count += math.prod(entries[id(parameter)].shape)
+        return count
+
     @contextmanager
     def _guarded(self, args: Any, kwargs: Any) -> Iterator[int]:
         state = self.seqpar
@@ -233,29 +266,52 @@ class ShardedModel(_Guarded):
             )
 
 
-class ShardedTopModel(_Guarded):
-    """What the user calls, around the base model: shows `logits` (and hidden states) as handles."""
+class HidesHandles:
+    """A module whose outputs are handles to its caller, but to its hooks the tensors that they are made of."""
+
+    _handles: dict[Path, Handle] | None = None  # of the call that is running
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Hugging Face model; `outputs.logits` becomes real when it is used."""
-        with self._guarded(args, kwargs):
-            self._handles: dict[Path, Handle] = {}
+        """Output tensors that were handles inside are handles again."""
+        handles: dict[Path, Handle] = {}
+        outer, self._handles = self._handles, handles
+        try:
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        handles, self._handles = self._handles, {}
+        finally:
+            self._handles = outer
         return _map(output, lambda path, x: handles[path].over(x) if path in handles else x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The Hugging Face forward; handles leave as the tensors they are made of, for the hooks."""
+        """The original forward; handles leave as the tensors they are made of, for the hooks.
+
+        A caller that takes `forward` itself gets what a call returns.
+        """
+        handles = self._handles
+        if handles is None:
+            return self(*args, **kwargs)
 
         def plain(path: Path, x: Tensor) -> Tensor:
             if not isinstance(x, Handle):
                 return x
             if not x.is_untouched():
                 return x.materialise("output")
-            self._handles[path] = x
+            handles[path] = x
             return x.source
 
         return _map(super().forward(*args, **kwargs), plain)  # type: ignore[misc]
+
+
+class ShardedTopModel(_Guarded, HidesHandles):
+    """What the user calls, around the base model: shows `logits` (and hidden states) as handles."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Hugging Face model; `outputs.logits` becomes real when it is used."""
+        with self._guarded(args, kwargs):
+            return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Hugging Face model's; see HidesHandles."""
+        return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's generate, on every rank of the group; all sample alike, as the group's first rank was seeded."""

@@ -134,7 +134,7 @@ class Handle(torch.Tensor):
         return self._full
 
     def _count(self, name: str) -> None:
-        if torch.is_grad_enabled() and not self.state.materialised[name] and self.state.groups.tp_rank == 0:
+        if self._grad_mode and not self.state.materialised[name] and self.state.groups.tp_rank == 0:
             _log.warning(
                 "%s was gathered whole for %s while training: right, but slower than staying sharded", *name.split(".")
             )
@@ -274,9 +274,10 @@ class GatheredInput(Handle):
     whose gradient is a part on every rank.
     """
 
-    _elementwise: set[str] = set()
+    _elementwise: set[str] = {"to", "float", "half", "bfloat16", "dropout"}
     _allows_in_place = False
     _outputs: dict[int, Tensor]
+    _alone: bool  # made of a block's input: no sibling is computed with what reads it
     _version_gathered: int
     _remake: Remake | None
 
@@ -286,8 +287,23 @@ class GatheredInput(Handle):
         """`source` in `region.local_shape`; `remake` computes it again in backward."""
         shape = (region.batch, region.seq, source.shape[-1])
         handle = cls._make(shape, source, region, state, source.dtype)
-        handle._outputs, handle._remake = {}, remake
+        handle._outputs, handle._remake, handle._alone = {}, remake, False
         return handle  # type: ignore[no-any-return]
+
+    def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+        # Where tokens are not cut every rank holds all rows, and must drop the same of them.
+        return super()._may_act(name, args, kwargs) and (name != "dropout" or self.region.cut)
+
+    def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
+        changed = GatheredInput(act(self.source), self.region, self.state)
+        changed._alone = True
+        return changed
+
+    def rows(self) -> Tensor:
+        """This rank's rows, `source`; refused once the gathered whole was changed in place."""
+        if self._full is not None and self._full._version != self._version_gathered:
+            raise SeqParError("a block's input was changed in place; let the model code clone() it first")
+        return self.source
 
     def _gather(self) -> Tensor:
         full = self.region.full_for_partial(self.source)
@@ -298,11 +314,11 @@ class GatheredInput(Handle):
         """Output [b, s, out/t] of one column-parallel linear; its siblings' come from the same gather."""
         from .linear import column_parallel
 
-        if self._full is not None and self._full._version != self._version_gathered:
-            raise SeqParError("a block's input was changed in place; let the model code clone() it first")
+        source = self.rows()
         if id(linear) not in self._outputs:
-            members = [linear, *(m for m in linear.siblings if m is not linear and id(m) not in self._outputs)]
-            outputs = column_parallel(self.source, self.region, members, self._remake)
+            siblings = () if self._alone else linear.siblings
+            members = [linear, *(m for m in siblings if m is not linear and id(m) not in self._outputs)]
+            outputs = column_parallel(source, self.region, members, self._remake)
             self._outputs.update({id(m): out for m, out in zip(members, outputs, strict=True)})
         return self._outputs.pop(id(linear))
 

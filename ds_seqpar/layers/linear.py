@@ -24,7 +24,7 @@ from .handles import GatedProduct, GatheredInput, Handle, ShardedLogits, TokenSh
 from .norm import Remake
 from .region import ShardingState, TokenRegion
 
-__all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelHead", "column_parallel"]
+__all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelHead", "call_past_deepspeed", "column_parallel"]
 
 
 def _exchange(region: TokenRegion) -> Exchange:
@@ -205,6 +205,20 @@ def _has_users_hooks(module: nn.Module) -> bool:
     return bool(before or _users_own(module._forward_hooks, module._forward_hooks_with_kwargs))
 
 
+def call_past_deepspeed(module: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`module(input, ...)` with all forward hooks but DeepSpeed's."""
+    for hook, takes_kwargs in _users_own(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+        changed = hook(module, (input,), {}) if takes_kwargs else hook(module, (input,))
+        changed = changed[0] if takes_kwargs and changed is not None else changed
+        if changed is not None:
+            (input,) = changed if isinstance(changed, tuple) else (changed,)
+    output = module.forward(input, *args, **kwargs)
+    for hook, takes_kwargs in _users_own(module._forward_hooks, module._forward_hooks_with_kwargs):
+        changed = hook(module, (input,), {}, output) if takes_kwargs else hook(module, (input,), output)
+        output = output if changed is None else changed
+    return output
+
+
 class ColumnParallelLinear(nn.Linear):
     """This rank's rows of a linear's weight; the block's input is gathered once for it and its siblings.
 
@@ -230,16 +244,7 @@ class ColumnParallelLinear(nn.Linear):
         """
         if not isinstance(input, GatheredInput):
             return super().__call__(input)  # type: ignore[no-any-return]
-        for hook, takes_kwargs in _users_own(self._forward_pre_hooks, self._forward_pre_hooks_with_kwargs):
-            changed = hook(self, (input,), {}) if takes_kwargs else hook(self, (input,))
-            changed = changed[0] if takes_kwargs and changed is not None else changed
-            if changed is not None:
-                (input,) = changed if isinstance(changed, tuple) else (changed,)
-        output = self.forward(input)
-        for hook, takes_kwargs in _users_own(self._forward_hooks, self._forward_hooks_with_kwargs):
-            changed = hook(self, (input,), {}, output) if takes_kwargs else hook(self, (input,), output)
-            output = output if changed is None else changed
-        return output
+        return call_past_deepspeed(self, input)  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor) -> Tensor:
         """As `__call__`, below the hooks."""
@@ -328,17 +333,23 @@ class VocabParallelHead(nn.Linear):
         """(summed loss, counted labels), both fp32 scalars; see vocab_parallel_linear_cross_entropy."""
         return super().__call__(local, _region=region, _labels=labels, **options)  # type: ignore[no-any-return]
 
+    def token_figures(self, local: Tensor, region: TokenRegion, targets: Tensor, **options: Any) -> Any:
+        """TokenFigures of every token; see vocab_parallel_token_figures."""
+        return super().__call__(local, _region=region, _labels=targets, _figures=True, **options)
+
     def forward(  # type: ignore[override]
-        self, local: Tensor, _region: TokenRegion, _labels: Tensor | None = None, **options: Any
+        self, local: Tensor, _region: TokenRegion, _labels: Tensor | None = None, _figures: bool = False, **options: Any
     ) -> Any:
-        """What `gathered_logits` and `loss` do, below the module's hooks."""
+        """What `gathered_logits`, `loss` and `token_figures` do, below the module's hooks."""
+        from .logprobs import vocab_parallel_token_figures
         from .loss import vocab_parallel_linear_cross_entropy
 
         hidden, weight, bias = _autocast(local, self.weight, self.bias)
         assert hidden is not None and weight is not None
         with torch.autocast(hidden.device.type, enabled=False):
             if _labels is not None:
-                return vocab_parallel_linear_cross_entropy(
+                act = vocab_parallel_token_figures if _figures else vocab_parallel_linear_cross_entropy
+                return act(
                     hidden.reshape(_region.rows, -1),
                     weight,
                     bias,

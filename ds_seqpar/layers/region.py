@@ -25,6 +25,7 @@ from ..comm.regions import (
 from ..comm.tokens import rows_per_rank
 from ..errors import SeqParError
 from ..groups import ParallelGroups
+from ..plan.report import ParameterEntry
 from .guard import InputGuard
 from .partial import PartialGradients
 from .random import ParallelRandom
@@ -108,6 +109,9 @@ class ShardingState:
     block_forked: bool = False  # the running block opened a random stream of its own
     generation: int = 0  # how often the weights have changed
     materialised: Counter[str] = field(default_factory=Counter)
+    entries: dict[int, ParameterEntry] = field(
+        default_factory=dict
+    )  # by id: wrappers rename parameters, and unwrap them
 
     def __deepcopy__(self, memo: dict[int, object]) -> ShardingState:
         raise SeqParError(

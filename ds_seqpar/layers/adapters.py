@@ -1,0 +1,58 @@
+"""Low-rank adapters beside sharded linears: what they communicate has the width of the rank, not of the hidden states.
+
+    beside a column-parallel linear     down [r, in] whole, on this rank's rows; its output [c, r] is gathered to [T, r]
+                                        up [out, r] -> [out_r, r], an ordinary linear
+    beside a row-parallel linear        down [r, in] -> [r, in_r], a RowParallelLinear: [T, r] is reduce-scattered to [c, r]
+                                        up [out, r] whole, an ordinary linear on this rank's rows
+
+Legend: T tokens, t tp_size, c = ceil(T/t), r rank, _r this rank's part. The gradient of a whole factor is partial.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SeqParError
+from .handles import GatheredInput, Handle
+from .linear import call_past_deepspeed
+from .region import ShardingState
+
+__all__ = ["AdapterDown", "TakesHandles"]
+
+
+class TakesHandles:
+    """A module without parameters of its own (a wrapper, a dropout) that may be given a handle: its block's input, a gated product.
+
+    DeepSpeed's ZeRO-3 hooks would put the handle through autograd functions below Python, and have nothing to fetch here.
+    """
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Past DeepSpeed's hooks with a handle; as ever with a tensor."""
+        if not isinstance(input, Handle):
+            return super().__call__(input, *args, **kwargs)  # type: ignore[misc]
+        return call_past_deepspeed(self, input, *args, **kwargs)  # type: ignore[arg-type]
+
+
+class AdapterDown(nn.Linear):
+    """The down projection beside a column-parallel linear: GatheredInput [b, s, in] -> [b, s, r] on every rank.
+
+    dweight is partial (each rank saw c rows) and is summed over the group; dx is reduce-scattered at width r. A plain tensor
+    inside a block, equal on every rank, is multiplied whole: its gradient is partial for the same sum.
+    """
+
+    seqpar: ShardingState
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The gather stands outside the module's hooks, which see plain tensors."""
+        if isinstance(input, GatheredInput):
+            return input.region.full_for_partial(super().__call__(input.rows()))
+        state = self.seqpar
+        if torch.is_grad_enabled() and not (state.sequence_parallel and state.in_block):
+            raise SeqParError(
+                "an adapter of a column-parallel linear was given a tensor that is not its block's input; with "
+                '"sequence_parallel": false an adapter can have no dropout'
+            )
+        return super().__call__(input)  # type: ignore[no-any-return]

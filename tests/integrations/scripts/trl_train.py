@@ -1,0 +1,69 @@
+"""A user's own TRL script: SFTTrainer or DPOTrainer with a DeepSpeed JSON, nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.utils import logging
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(98))]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+
+
+def _text(start: int, count: int) -> str:
+    return " ".join(f"w{(start * 7 + i * 5) % 98}" for i in range(count))
+
+
+def rows(kind: str, count: int) -> Dataset:
+    if kind == "text":
+        return Dataset.from_list([{"text": _text(i, 4 + i % 5)} for i in range(count)])
+    if kind == "completion":
+        return Dataset.from_list(
+            [{"prompt": _text(i, 3 + i % 2) + " ", "completion": _text(i + 3, 2 + i % 4)} for i in range(count)]
+        )
+    return Dataset.from_list(
+        [
+            {"prompt": _text(i, 3) + " ", "chosen": _text(i + 1, 3 + i % 2), "rejected": _text(i + 2, 4)}
+            for i in range(count)
+        ]
+    )
+
+
+def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Trains as `job` says: {"model": folder, "trainer": "sft"|"dpo", "data": kind, "arguments": {...}, "lora": {...}}."""
+    logging.set_verbosity_error()
+    kind, trainer_class = (SFTConfig, SFTTrainer) if job["trainer"] == "sft" else (DPOConfig, DPOTrainer)
+    arguments = kind(
+        output_dir=str(out / "trainer"), use_cpu=True, bf16=False, report_to=[], logging_steps=1, disable_tqdm=True, seed=7,
+        save_strategy="no", gradient_checkpointing=job.get("checkpointing", False), **job["arguments"],
+    )  # fmt: skip
+    set_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(job["model"])
+    more: dict[str, Any] = {}
+    if job.get("lora"):
+        from peft import LoraConfig
+
+        more["peft_config"] = LoraConfig(**job["lora"])
+    elif job["trainer"] == "dpo":
+        more["ref_model"] = AutoModelForCausalLM.from_pretrained(job["model"])
+    trainer = trainer_class(
+        model=model, args=arguments, train_dataset=rows(job["data"], job.get("rows", 8)), processing_class=tokenizer(), **more
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(str(out / "saved"))
+    drop = ("second", "runtime")
+    log = [{k: v for k, v in entry.items() if not any(x in k for x in drop)} for entry in trainer.state.log_history]
+    report = getattr(trainer.model_wrapped, "seqpar_report", None)
+    return {"log": log, "gathered": dict(report.materialised) if report is not None else {}}

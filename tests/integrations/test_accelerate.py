@@ -1,0 +1,135 @@
+"""A plain accelerate loop under the key: the same losses, norms, rates, gathered metrics and weights as without it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny
+from ranks import RankError, run_ranks
+
+import ds_seqpar
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import accelerate_loop
+from same_run import TOLERANCE, assert_same_files, deepspeed_json
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny("llama").save_pretrained(folder)
+    return str(folder)
+
+
+def _on_rank(job: dict[str, Any], out: str) -> dict[str, Any]:
+    return accelerate_loop.run(job, Path(out))
+
+
+def _run(world: int, job: dict[str, Any], out: Path) -> list[dict[str, Any]]:
+    out.mkdir()
+    return run_ranks(world, _on_rank, job, str(out), timeout=120, deepspeed=bool(job.get("deepspeed")))
+
+
+def _close(mine: Any, theirs: Any, name: str) -> None:
+    torch.testing.assert_close(
+        torch.tensor(mine),
+        torch.tensor(theirs),
+        rtol=TOLERANCE,
+        atol=TOLERANCE,
+        msg=f"{name}: {mine} instead of {theirs}",
+    )
+
+
+def _same(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for name in ("losses", "rates", "norms"):
+        _close(mine[name], theirs[name], name)
+    assert mine["names"] == theirs["names"] and mine["type"] == theirs["type"]
+    assert len(mine["predicted"]) == len(theirs["predicted"])
+    for ours, expected in zip(mine["predicted"], theirs["predicted"], strict=True):
+        for a, b in zip(ours, expected, strict=True):
+            _close(a, b, "gather_for_metrics")
+
+
+def _json(stage: int, tp_size: int | None = 2) -> dict[str, Any]:
+    return deepspeed_json(stage, tp_size, gradient_clipping=0.5)
+
+
+def test_two_ranks_do_what_one_process_does(model: str, tmp_path: Path) -> None:
+    job = {"model": model, "accumulation": 2, "rows": 11, "states": False}
+    alone = _run(1, job, tmp_path / "alone")[0]
+    for ours in _run(2, {**job, "deepspeed": _json(1)}, tmp_path / "mine"):
+        _same(ours, alone)
+    assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_four_ranks_do_what_two_plain_ones_do(model: str, tmp_path: Path, stage: int) -> None:
+    """Two data-parallel shares: odd tails, schedulers stepped twice a step, rows of metrics once each."""
+    job = {"model": model, "accumulation": 2, "rows": 13, "states": False}
+    plain = _run(2, {**job, "deepspeed": _json(1, None)}, tmp_path / "plain")
+    for rank, ours in enumerate(_run(4, {**job, "deepspeed": _json(stage)}, tmp_path / "mine")):
+        _same(ours, plain[rank // 2])
+        assert len(ours["names"]) == 5
+    assert_same_files(tmp_path / "mine" / "saved", tmp_path / "plain" / "saved", also=("lm_head.weight",))
+
+
+def test_save_state_and_load_state_go_back(model: str, tmp_path: Path) -> None:
+    job = {"model": model, "accumulation": 1, "rows": 8, "deepspeed": _json(2)}
+    whole = _run(2, job, tmp_path / "state")[0]
+    once = _run(2, {**job, "states": False}, tmp_path / "once")[0]
+    assert len(whole["losses"]) == 2 * len(once["losses"])
+    for ours, expected in zip(whole["predicted"], once["predicted"], strict=True):  # of the state that was loaded
+        _close(ours[0], expected[0], "logits after load_state")
+    assert_same_files(tmp_path / "state" / "saved", tmp_path / "once" / "saved")
+
+
+def _late(model: str) -> None:
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+
+    PartialState(cpu=True)
+    plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 1})
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    plugin.deepspeed_config["ds_seqpar"] = {"tp_size": 2}
+    with pytest.raises(ds_seqpar.ConfigError, match="after it was read; import ds_seqpar before"):
+        accelerator.prepare(tiny("llama"))
+    with pytest.raises(ds_seqpar.ConfigError, match="before ds_seqpar was imported"):
+        from ds_seqpar_integrations import accelerate as adapter
+
+        adapter.install()
+
+
+def test_a_key_that_comes_too_late_is_refused(model: str) -> None:
+    run_ranks(2, _late, model, timeout=60)
+
+
+def _iterable(model: str) -> None:
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+    from accelerate.utils import DataLoaderConfiguration
+
+    PartialState(cpu=True)
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_json())
+    accelerator = Accelerator(deepspeed_plugin=plugin, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    accelerator.prepare(torch.utils.data.DataLoader(list(range(4))))
+
+
+def test_dispatching_is_refused(model: str) -> None:
+    with pytest.raises(RankError, match="dispatch_batches=True hands every rank the same batch"):
+        run_ranks(2, _iterable, model, timeout=60)
+
+
+def _alone(model: str) -> None:
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_json()))
+    accelerator.prepare(torch.utils.data.DataLoader(list(range(4))))
+
+
+def test_too_few_processes_are_refused(model: str) -> None:
+    with pytest.raises(RankError, match="does not divide the 1 processes that accelerate knows of"):
+        run_ranks(2, _alone, model, timeout=60)

@@ -1,0 +1,112 @@
+"""TRL's trainers under the key log and train what they do without it: SFT packed, padding-free, completion-only; DPO."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers.trainer  # before the ranks are forked
+from models import tiny
+from ranks import run_ranks
+
+pytest.importorskip("trl", reason="install ds_seqpar[trl] to run this")
+pytest.importorskip("datasets", reason="install ds_seqpar[trl] to run this")
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import trl.trainer.utils
+import trl_train
+from same_run import assert_same_files, assert_same_log, deepspeed_json
+
+assert transformers.trainer
+STEPS: dict[str, Any] = dict(
+    per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-3, adam_epsilon=1e-4,
+    max_grad_norm=0.5, include_num_input_tokens_seen="no",
+)  # fmt: skip
+LORA = {"r": 3, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+JOBS: dict[str, dict[str, Any]] = {
+    "sft": {"trainer": "sft", "data": "text", "arguments": dict(max_length=12)},
+    "packing": {"trainer": "sft", "data": "text", "rows": 24, "arguments": dict(max_length=12, packing=True)},
+    "padding_free": {"trainer": "sft", "data": "text", "arguments": dict(max_length=None, padding_free=True)},
+    "completion_only": {
+        "trainer": "sft",
+        "data": "completion",
+        "arguments": dict(max_length=12, completion_only_loss=True),
+    },
+    "dft": {"trainer": "sft", "data": "text", "arguments": dict(max_length=12, loss_type="dft")},
+    "sft_lora": {
+        "trainer": "sft",
+        "data": "text",
+        "arguments": dict(max_length=12),
+        "lora": LORA,
+        "checkpointing": True,
+    },
+    "dpo": {"trainer": "dpo", "data": "preference", "arguments": dict(max_length=12, beta=0.5)},
+    "dpo_lora": {"trainer": "dpo", "data": "preference", "arguments": dict(max_length=12, beta=0.5), "lora": LORA},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny("llama").save_pretrained(folder)
+    return str(folder)
+
+
+def _on_rank(job: dict[str, Any], out: str) -> dict[str, Any]:
+    return trl_train.run(job, Path(out))
+
+
+def _run(world: int, job: dict[str, Any], out: Path, deepspeed: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    out.mkdir()
+    arguments = {**STEPS, **job["arguments"], **({} if deepspeed is None else {"deepspeed": deepspeed})}
+    return run_ranks(
+        world, _on_rank, {**job, "arguments": arguments}, str(out), timeout=150, deepspeed=deepspeed is not None
+    )
+
+
+SLOW = {"dft", "dpo_lora", "padding_free"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in JOBS])
+def test_a_trl_trainer_on_two_ranks_is_the_one_process_run(model: str, tmp_path: Path, name: str) -> None:
+    job = {"model": model, **JOBS[name]}
+    alone = _run(1, job, tmp_path / "alone")[0]
+    for ours in _run(2, job, tmp_path / "mine", deepspeed_json()):
+        # Rewards are differences of log-probabilities of some tens.
+        assert_same_log(ours["log"], alone["log"], without=("total_flos",), absolute=5e-6 if "dpo" in name else 0.0)
+        assert not ours["gathered"], "no logits, no hidden states are gathered whole"
+    assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_a_trl_trainer_on_four_ranks_with_zero_3_is_the_one_process_run(model: str, tmp_path: Path, name: str) -> None:
+    job = {"model": model, **JOBS[name]}
+    twice = {**job, "arguments": {**job["arguments"], "gradient_accumulation_steps": 4}}
+    alone = _run(1, twice, tmp_path / "alone")[0]
+    metrics = tuple(k for k in alone["log"][0] if k not in ("loss", "grad_norm", "learning_rate", "epoch", "step"))
+    for ours in _run(4, job, tmp_path / "mine", deepspeed_json(3)):
+        assert_same_log(ours["log"], alone["log"], without=("total_flos", *metrics), absolute=5e-6)  # means of batches
+    assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+
+def test_trl_still_keeps_the_forward_that_is_adopted(model: str) -> None:
+    """`trl.trainer.utils._fused_forward`: the name, and what its closure holds."""
+    import inspect
+
+    from ds_seqpar_integrations import trl as adapter
+
+    assert "`trl.trainer.utils._fused_forward`" in (adapter.__doc__ or "")
+    plain = tiny("llama")
+    trl.trainer.utils.add_fused_lm_head(plain, temperature=0.5, outputs=("log_probs", "entropy"))
+    function = plain.forward.__func__
+    assert (function.__globals__["__name__"], function.__code__.co_name) == ("trl.trainer.utils", "_fused_forward")
+    settings = inspect.getclosurevars(function).nonlocals
+    assert (settings["temperature"], settings["outputs"]) == (0.5, ("log_probs", "entropy"))
+    assert {"cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"} <= set(settings)
+    fields = set(trl.trainer.utils.FusedCausalLMOutput.__dataclass_fields__)
+    assert {"loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"} <= fields
