@@ -106,7 +106,9 @@ def require_files(folder: Path, manifest: Mapping[str, Any], mine: Mapping[str, 
         try:
             found = fingerprint(path)
         except CheckpointError as problem:
-            raise CheckpointError(f"{problem}; it has {path.stat().st_size} bytes, of {about['size']} that were saved") from None
+            raise CheckpointError(
+                f"{problem}; it has {path.stat().st_size} bytes, of {about['size']} that were saved"
+            ) from None
         if found == about["fingerprint"]:
             continue
         if found in owner:
