@@ -180,6 +180,8 @@ def _load_universal(
             folder = load_dir / str(found)
             saved = universal.require_universal(folder, _identity(engine), trained)
             universal.complete(folder, saved)
+            if options["load_optimizer_states"] and not options["load_module_only"]:
+                universal.require_groups(folder, len(engine.optimizer.param_groups))
             if frozen:
                 logging.getLogger("ds_seqpar").warning(
                     "universal checkpoints hold what the optimizer trains: %d frozen parameters keep the values they have",

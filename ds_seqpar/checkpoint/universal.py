@@ -22,7 +22,7 @@ from ..plan.cuts import Cut
 from . import manifest as manifests
 from .manifest import IDENTITY_KEY
 
-__all__ = ["affine_map", "affine_maps", "complete", "repair_optimizer", "require_universal"]
+__all__ = ["affine_map", "affine_maps", "complete", "repair_optimizer", "require_groups", "require_universal"]
 
 OPTIMIZER, COMPLETE = "optimizer_state.pt", "ds_seqpar_complete"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -143,6 +143,15 @@ def complete(folder: Path, saved: Mapping[str, Any]) -> None:
     (zero / COMPLETE).touch()
 
 
+def require_groups(folder: Path, count: int) -> None:
+    """Raises CheckpointError if the optimizer had another number of parameter groups; DeepSpeed would load as many as fit."""
+    saved = len(torch.load(folder / "zero" / OPTIMIZER, map_location="cpu")["param_groups"])
+    if saved != count:
+        raise CheckpointError(
+            f"{folder} holds {saved} parameter groups of the optimizer, this run has {count}; make the same groups"
+        )
+
+
 def _replace(path: Path, value: object) -> None:
     aside = path.with_name(f".{path.name}.partial")
     torch.save(value, aside)
@@ -168,12 +177,7 @@ def repair_optimizer(optimizer: Any, folder: Path) -> None:
     increments.
     """
     saved = torch.load(folder / "zero" / OPTIMIZER, map_location="cpu")["param_groups"]
-    groups = optimizer.param_groups
-    if len(saved) != len(groups):
-        raise CheckpointError(
-            f"{folder} holds {len(saved)} parameter groups of the optimizer, this run has {len(groups)}; make the same groups"
-        )
-    for group, values in zip(groups, saved, strict=True):
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
         group.update({key: value for key, value in values.items() if key != "params"})
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from training import engine_at, optimizer_states, run, weights
 
+import ds_seqpar
 from ds_seqpar.checkpoint.gathering import part_of
 from ds_seqpar.checkpoint.universal import affine_map, affine_maps
 from ds_seqpar.plan.cuts import Cut
@@ -75,9 +77,9 @@ def _train(family: str, tp: int, stage: int, folder: str, options: dict[str, Any
 
 def _resume(family: str, sizes: list[tuple[int, int]], folder: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     """The same universal checkpoint at several (tp, ZeRO stage) in one process."""
-    results = []
+    results, seed = [], 0 if "freeze" in options else 1  # other weights, so that what is not loaded shows
     for tp, stage in sizes:
-        engine = engine_at(family, tp, stage, seed=1, checkpoint={"load_universal": True}, **options)
+        engine = engine_at(family, tp, stage, seed=seed, checkpoint={"load_universal": True}, **options)
         path, client_state = engine.load_checkpoint(folder)
         assert path is not None and client_state is not None and client_state["position"] == BEFORE
         state = {"weights": weights(engine), "optimizer": optimizer_states(engine), "lr": engine.get_lr()}
@@ -160,3 +162,58 @@ def test_goes_on_at_every_other_size(
     tmp_path: Path, family: str, source: tuple[int, int, int], targets: dict[int, list[tuple[int, int]]]
 ) -> None:
     _check(tmp_path, family, source, targets)
+
+
+def test_frozen_parameters_stay_and_the_others_go_on(tmp_path: Path) -> None:
+    _check(tmp_path, "llama", (2, 1, 2), {1: [(1, 3), (1, 1)]}, freeze=("norm", "embed", "q_proj"))
+
+
+def _refusals(folder: str) -> dict[str, str]:
+    messages = {}
+
+    def refused(what: str, engine: Any, tag: str | None = "universal") -> None:
+        with pytest.raises(ds_seqpar.CheckpointError) as caught:
+            engine.load_checkpoint(folder, tag=tag)
+        messages[what] = str(caught.value)
+
+    universal: dict[str, Any] = {"checkpoint": {"load_universal": True}}
+    refused("stage 0", engine_at("llama", 2, 0, **universal))
+    refused("family", engine_at("qwen3", 2, 1, **universal))
+    refused("width", engine_at("llama", 2, 1, own={"intermediate_size": 52}, **universal))
+    refused("groups", engine_at("llama", 2, 3, groups=1, **universal))
+    engine = engine_at("llama", 1, 3, **universal)
+    for tag in ("unfinished", "lost", "foreign", "absent", "global_step3"):
+        refused(tag, engine, tag)
+    Path(folder, "latest_universal").unlink(missing_ok=True)
+    torch.distributed.barrier()
+    refused("no latest", engine, None)
+    return messages
+
+
+def test_universal_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    run_ranks(2, _train, "llama", 2, 1, str(tmp_path), {})
+    _convert(tmp_path)
+    for name in ("unfinished", "lost", "foreign"):
+        shutil.copytree(tmp_path / "universal", tmp_path / name)
+    moment = "zero/model.layers.1.mlp.up_proj.weight/exp_avg.pt"
+    (tmp_path / "unfinished" / moment).unlink()
+    (tmp_path / "lost" / "zero" / "optimizer_state.pt").unlink()
+    path = tmp_path / "foreign" / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=False)
+    del state["ds_seqpar"]
+    torch.save(state, path)
+    first, second = run_ranks(2, _refusals, str(tmp_path))
+    assert first == second
+    for what, message in {
+        "stage 0": "cannot load at ZeRO stage 0; use stage 1, 2 or 3",
+        "family": "holds a llama model, this one is qwen3",
+        "width": "mlp.gate_proj.weight has shape [50, 48] there and [52, 48] here",
+        "groups": "holds 2 parameter groups of the optimizer, this run has 1",
+        "unfinished": f"{moment} is missing",
+        "lost": "optimizer_state.pt is missing",
+        "foreign": "that ds_seqpar did not save",
+        "absent": "there is no universal checkpoint",
+        "global_step3": "is missing: the conversion was not finished",
+        "no latest": "has no latest_universal, and no tag was given",
+    }.items():
+        assert message in first[what], f"{what}: {first[what]}"

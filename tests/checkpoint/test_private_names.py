@@ -1,0 +1,51 @@
+"""The names of DeepSpeed, transformers and torch that the checkpoints rely on and that nobody promises: each is named if it goes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.checkpoint import constants, universal_checkpoint
+from deepspeed.checkpoint.affine import AFFINE_MAP_FORMAT_VERSION
+from transformers import PreTrainedModel, core_model_loading
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from ds_seqpar.checkpoint.resume import safe_reading
+
+
+def test_deepspeed_saves_through_one_writer_and_copies_one_script() -> None:
+    save = inspect.getsource(deepspeed.DeepSpeedEngine._save_zero_checkpoint)
+    assert "self.checkpoint_engine.save(" in save and "self._copy_recovery_script(" in save
+    assert "self.checkpoint_engine.save(" in inspect.getsource(deepspeed.DeepSpeedEngine._save_checkpoint)
+    assert "UNIVERSAL_CHECKPOINT_INFO" in inspect.getsource(deepspeed.DeepSpeedEngine._save_checkpoint)
+
+
+def test_deepspeed_reads_affine_maps() -> None:
+    assert AFFINE_MAP_FORMAT_VERSION == 1, "a new format of affine maps: compare checkpoint/affine.py with affine_map()"
+    assert constants.UNIVERSAL_CHECKPOINT_INFO == "universal_checkpoint_info"
+    source = inspect.getsource(universal_checkpoint._resolve_autotp_partition)
+    assert "meta.get('conversion', {}).get('affine_map')" in source
+    assert "DS_AUTOTP_UC_META" in inspect.getsource(universal_checkpoint._get_param_uc_restore_meta)
+
+
+def test_transformers_loads_through_two_functions() -> None:
+    names = list(inspect.signature(PreTrainedModel._load_pretrained_model).parameters)
+    assert names == ["model", "state_dict", "checkpoint_files", "load_config", "expected_keys"]
+    names = list(inspect.signature(core_model_loading.set_param_for_module).parameters)
+    assert names[:3] == ["model", "target_name", "param_value"]
+    assert "set_param_for_module(" in inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
+    assert "HF_DEACTIVATE_ASYNC_LOAD" in inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
+    assert hasattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref")
+
+
+def test_torch_can_be_made_to_read_data_only(tmp_path: Path) -> None:
+    torch.save(Path("x"), tmp_path / "x.pt")
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    with pytest.raises(Exception, match="more than data"), safe_reading(()):
+        torch.load(tmp_path / "x.pt", weights_only=False)
+    assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == before
+    assert torch.load(tmp_path / "x.pt", weights_only=False) == Path("x")
