@@ -22,11 +22,10 @@ WEIGHT_FILES = ("model*.safetensors", "model*.index.json", "pytorch_model*.bin",
 """What an older checkpoint in the same folder must not leave behind: it would be loaded with the new one."""
 
 
-def full_state_dict(engine_or_model: Any, *, trainable_only: bool = False) -> dict[str, Tensor]:
+def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
     """The model's state dict with every tensor whole: on CPU on rank 0, empty elsewhere. Collective over the world.
 
-    Names, shapes and tying are those of the unsharded model; the dtype is the model's. `trainable_only` leaves out frozen
-    parameters and buffers (the base model under an adapter).
+    Names, shapes and tying are those of the unsharded model; the dtype is the model's.
     """
     model, _ = gathered(engine_or_model)
     state: ShardingState = require_model(model).seqpar
@@ -34,14 +33,12 @@ def full_state_dict(engine_or_model: Any, *, trainable_only: bool = False) -> di
     whole: dict[str, Tensor] = {}
     by_identity: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if trainable_only and not parameter.requires_grad:
-            continue
         if id(parameter) not in by_identity:
             tensor = whole_parameter(parameter, state.entries[id(parameter)], state.groups)
             by_identity[id(parameter)] = tensor.cpu() if keep else tensor.new_empty(0)
         if keep:
             whole[name] = by_identity[id(parameter)]
-    if keep and not trainable_only:
+    if keep:
         whole.update({name: tensor.detach().cpu() for name, tensor in _saved_buffers(model).items()})
     dist.barrier()  # a rank that holds nothing must not leave, or exit, while the others still gather from it
     return whole
