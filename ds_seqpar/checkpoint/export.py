@@ -18,12 +18,11 @@ from .writing import PICKLED_WEIGHTS, SAFE_WEIGHTS
 __all__ = ["full_state_dict", "save_pretrained"]
 
 
-def full_state_dict(engine_or_model: Any, *, trainable_only: bool = False) -> dict[str, Tensor]:
+def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
     """The model's state dict with every tensor whole: on CPU on rank 0, empty elsewhere. Call it on all ranks.
 
-    Names, shapes and tying are those of the unsharded model; the dtype is the model's. `trainable_only` leaves out frozen
-    parameters and buffers (the base model under an adapter). Raises CheckpointError, naming the ranks that are missing, if
-    only some call it.
+    Names, shapes and tying are those of the unsharded model; the dtype is the model's. Raises CheckpointError, naming the
+    ranks that are missing, if only some call it.
     """
     model, _ = gathered(engine_or_model)
     state: ShardingState = require_model(model).seqpar
@@ -32,14 +31,12 @@ def full_state_dict(engine_or_model: Any, *, trainable_only: bool = False) -> di
     whole: dict[str, Tensor] = {}
     by_identity: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if trainable_only and not parameter.requires_grad:
-            continue
         if id(parameter) not in by_identity:
             tensor = whole_parameter(parameter, state.entries[id(parameter)], state.groups)
             by_identity[id(parameter)] = tensor.cpu() if keep else tensor.new_empty(0)
         if keep:
             whole[name] = by_identity[id(parameter)]
-    if keep and not trainable_only:
+    if keep:
         whole.update({name: tensor.detach().cpu() for name, tensor in saved_buffers(model).items()})
     dist.barrier()  # a rank that holds nothing must not leave, or exit, while the others still gather from it
     return whole

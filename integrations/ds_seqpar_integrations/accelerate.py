@@ -5,8 +5,7 @@ of a map-style data set. What it leaves wrong is put right here: batch sizes cou
 metrics gathered with copies, schedulers stepped once a rank, state dicts.
 
 Private names it relies on, each held by a contract test:
-`Accelerator._prepare_deepspeed`, `AcceleratorState.ds_device_mesh`, `DeepSpeedPlugin.deepspeed_config`,
-`DeepSpeedEngine._zero3_consolidated_16bit_state_dict`.
+`Accelerator._prepare_deepspeed`, `AcceleratorState.ds_device_mesh`, `DeepSpeedPlugin.deepspeed_config`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType, DummyScheduler, DynamoBackend, recursively_apply
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 import ds_seqpar
@@ -142,22 +141,10 @@ def _prepare_deepspeed(plain: Callable[..., Any], self: Accelerator, *args: Any)
     for dummy in dummies:  # accelerate divides them by all ranks, but only the data-parallel ones share the steps
         dummy.total_num_steps *= tp_size
     try:
-        prepared = plain(self, *args)
+        return plain(self, *args)
     finally:
         for dummy in dummies:
             dummy.total_num_steps //= tp_size
-    for x in prepared:
-        if report_of(getattr(x, "module", None) or _NOTHING) is not None:
-            # The Trainer takes PEFT's adapters at ZeRO 3 from here, where tensor parallelism is not known.
-            x._zero3_consolidated_16bit_state_dict = functools.partial(_consolidated, x)
-    return prepared
-
-
-_NOTHING = nn.Module()
-
-
-def _consolidated(engine: Any, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
-    return ds_seqpar.full_state_dict(engine, trainable_only=exclude_frozen_parameters)
 
 
 def _prepare_data_loader(

@@ -102,6 +102,14 @@ def _late(model: str) -> None:
         from ds_seqpar_integrations import accelerate as adapter
 
         adapter.install()
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from ds_seqpar_integrations import hf_trainer
+
+    early = HfDeepSpeedConfig({"zero_optimization": {"stage": 1}, "ds_seqpar": {"tp_size": 2}})
+    del early.config["tensor_parallel"]  # as it is without the import
+    with pytest.raises(ds_seqpar.ConfigError, match="TrainingArguments read a DeepSpeed config"):
+        hf_trainer.install()
 
 
 def test_a_key_that_comes_too_late_is_refused(model: str) -> None:

@@ -94,6 +94,39 @@ def test_a_trl_trainer_on_four_ranks_with_zero_3_is_the_one_process_run(model: s
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
 
 
+def _policy(family: str) -> None:
+    """What GRPO and the like ask for: a temperature, and an entropy that has a gradient."""
+    import torch
+    from exactness import fresh_groups
+    from models import batches
+    from sharding import relative_error, same_loss_and_gradients
+
+    import ds_seqpar
+
+    fresh_groups()
+    ours, theirs = (tiny(family, dtype=torch.float64).train() for _ in range(2))
+    for of in (ours, theirs):
+        trl.trainer.utils.add_fused_lm_head(of, temperature=0.7, outputs=("log_probs", "entropy", "mean_logits"))
+    ds_seqpar.shard(ours, {"tp_size": 2, "loss_chunk_tokens": 4})
+    batch = batches(1, 2)[0]
+    mine, expected = (of(**batch, fused_lm_head=True) for of in (ours, theirs))
+    assert torch.equal(mine.label_mask, expected.label_mask)
+    for name in ("loss", "log_probs", "entropy", "mean_logits"):
+        assert relative_error(getattr(mine, name).detach(), getattr(expected, name).detach()) < 1e-5, name
+    same_loss_and_gradients(ours, theirs, lambda of: of(**batch).loss)  # without it, the model's own forward
+
+    def objective(of: Any) -> Any:
+        out = of(**batch, fused_lm_head=True)
+        return (-out.log_probs - 0.1 * out.entropy).mean()
+
+    same_loss_and_gradients(ours, theirs, objective, tolerance=1e-5)  # TRL accumulates in fp32
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_log_probabilities_of_a_policy_equal_trls_own(family: str) -> None:
+    run_ranks(2, _policy, family, timeout=90)
+
+
 def test_trl_still_keeps_the_forward_that_is_adopted(model: str) -> None:
     """`trl.trainer.utils._fused_forward`: the name, and what its closure holds."""
     import inspect

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import accelerate
-import deepspeed
 import pytest
 import transformers
 from accelerate import Accelerator
@@ -60,14 +59,6 @@ def _deepspeed_config() -> None:
     _must(
         plugin.deepspeed_config.get("tensor_parallel") == {"autotp_size": 2}, name, "it was translated when it was read"
     )
-
-
-def _consolidated() -> None:
-    name = "DeepSpeedEngine._zero3_consolidated_16bit_state_dict"
-    parameters = inspect.signature(deepspeed.DeepSpeedEngine._zero3_consolidated_16bit_state_dict).parameters
-    _must(list(parameters) == ["self", "exclude_frozen_parameters"], name, "it takes exclude_frozen_parameters")
-    call = "self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)"
-    _must(call in _source(Trainer.save_model), name, "the Trainer asks the engine for PEFT's parameters at ZeRO 3")
 
 
 def _zero3_enabled() -> None:
@@ -126,7 +117,6 @@ CONTRACT: dict[str, Callable[[], None]] = {
     "Accelerator._prepare_deepspeed": _prepare_deepspeed,
     "AcceleratorState.ds_device_mesh": _ds_device_mesh,
     "DeepSpeedPlugin.deepspeed_config": _deepspeed_config,
-    "DeepSpeedEngine._zero3_consolidated_16bit_state_dict": _consolidated,
     "modeling_utils.is_deepspeed_zero3_enabled": _zero3_enabled,
     "HfTrainerDeepSpeedConfig.trainer_config_process": _process_config,
     "Trainer._track_num_input_tokens": _track_tokens,
