@@ -33,6 +33,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     config = model.config
     model_type = str(config.model_type)
     base = model.base_model
+    if base is model:  # some models name no base, but have one with the same config
+        parts = (m for m in model.children() if isinstance(m, PreTrainedModel) and m.config is config)
+        base = next(parts, model)
     base_name = next((name for name, module in model.named_modules() if module is base), "")
     if getattr(config, "is_encoder_decoder", False):
         raise PlanError(f"model type {model_type!r} is an encoder-decoder; only decoder models can be sharded")
@@ -53,8 +56,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     names = {id(module): name for name, module in model.named_modules()}
     if plan and (embedding is None or id(embedding) not in names):
         raise PlanError(f"model type {model_type!r} has no input embedding that can be found")
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    heads = int(_common(config, "num_attention_heads") or 0)
+    head_dim = _common(config, "head_dim") or (config.hidden_size // heads if heads else 0)
+    kv_heads = int(_common(config, "num_key_value_heads") or heads)
     return ModelFacts(
         model_type=model_type,
         base=base_name,
@@ -63,10 +67,33 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         embedding=names.get(id(embedding), ""),
         head=names[id(head)] if head is not None else None,
         num_heads=heads,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        num_kv_heads=kv_heads,
         head_dim=int(head_dim),
         hidden_size=int(config.hidden_size),
+        block_heads=_block_heads(model, heads, kv_heads),
     )
+
+
+def _common(config: Any, name: str) -> Any:
+    """A value of the config; None if it has none, or if its layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
+def _block_heads(model: nn.Module, num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, int]]:
+    """(query heads, kv heads) of the attention modules whose sizes say something else than the config."""
+    found = {}
+    for name, module in model.named_modules():
+        head_dim, key = getattr(module, "head_dim", None), getattr(module, "k_proj", None)
+        groups = getattr(module, "num_key_value_groups", None)
+        if not (isinstance(head_dim, int) and isinstance(key, nn.Linear) and isinstance(groups, int)):
+            continue
+        kv = key.out_features // head_dim
+        if (kv * groups, kv) != (num_heads, num_kv_heads):
+            found[name] = (kv * groups, kv)
+    return found
 
 
 def _modules(model: nn.Module) -> dict[str, ModuleFacts]:
@@ -79,7 +106,8 @@ def _modules(model: nn.Module) -> dict[str, ModuleFacts]:
                 role = "linear"
             elif isinstance(module, nn.Embedding):
                 role = "embedding"
-            facts[name] = ModuleFacts(role, type(module).__name__, shapes)
+            interleaved = getattr(module, "is_concatenated", True) is False
+            facts[name] = ModuleFacts(role, type(module).__name__, shapes, interleaved)
     return facts
 
 

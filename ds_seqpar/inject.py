@@ -18,11 +18,22 @@ from .config import Overlap, Recompute, SeqParConfig
 from .errors import PlanError
 from .families import TESTED, family
 from .groups import ParallelGroups
+from .layers.blocks import (
+    ExpertsBlock,
+    FirstRankOnly,
+    InnerModule,
+    PartialSumLinear,
+    ReplicatedModule,
+    Router,
+    SummedBlock,
+    WholeBlock,
+    draws_random_numbers,
+)
 from .layers.boundaries import ShardedBlock, ShardedLayer, ShardedModel, ShardedTopModel, TokenwiseModule, become
 from .layers.embedding import VocabParallelEmbedding
 from .layers.guard import InputGuard
 from .layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
-from .layers.norm import CutRMSNorm
+from .layers.norm import CutRMSNorm, rms_epsilon
 from .layers.partial import PartialGradients
 from .layers.random import ParallelRandom
 from .layers.region import ShardingState
@@ -30,10 +41,14 @@ from .layers.tokenwise import is_tokenwise
 from .plan.cuts import Cut, Kind
 from .plan.facts import ModelFacts
 from .plan.report import Entry, ParameterEntry, Report
-from .plan.resolve import BlockPlan, ModelPlan, resolve
-from .plan.styles import Style
+from .plan.resolve import BlockPlan, ModelPlan, matches, resolve
+from .plan.styles import BlockKind, Style
 
 __all__ = ["inject", "report_of"]
+
+QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
+KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+"""Attributes of an attention module from which its own code takes the number of heads it views its projections as."""
 
 
 def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: ParallelGroups) -> Report:
@@ -50,7 +65,7 @@ def inject(model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: Pa
         PlanError: the model cannot be sharded exactly; nothing of it was touched.
     """
     _refuse_unfit(model)
-    plan = resolve(facts, family(facts.model_type), groups.tp_size)
+    plan = resolve(facts, family(facts.model_type), groups.tp_size, config.plan)
     _check_modules(model, facts, plan)
     _refuse_different_weights(model, groups)
     report = Report(facts.model_type, groups.tp_size, groups.tp_rank, config.sequence_parallel)
@@ -129,13 +144,38 @@ def _checksum(parameter: Tensor) -> int:
 
 
 def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
-    """What needs the modules themselves to be checked, and must be before any is touched."""
+    """What needs the modules themselves to be checked, and must be before any is touched. Decides the undecided blocks."""
+    proven = set(plan.asserted)
+    for block in plan.blocks.values():
+        if block.kind is BlockKind.UNDECIDED:
+            module = model.get_submodule(block.name)
+            if _may_run_on_shards(module, facts.hidden_size):
+                names = [n for n in facts.modules if n == block.name or n.startswith(f"{block.name}.")]
+                plan.tokenwise.extend(names)
+                proven.update(names)
+            else:
+                block.kind = BlockKind.WHOLE
+                plan.remarks.append(
+                    f"{block.name} ({type(module).__name__}) is repeated whole by every rank: no plan says how to cut it"
+                )
+    plan.blocks = {name: block for name, block in plan.blocks.items() if block.kind is not BlockKind.UNDECIDED}
     for name in plan.tokenwise:
-        if not is_tokenwise(model.get_submodule(name), facts.hidden_size):
+        module = model.get_submodule(name)
+        if (
+            name not in proven
+            and name not in plan.layers
+            and not is_tokenwise(module, _width(module, facts.hidden_size))
+        ):
             raise PlanError(
                 f"{name} ({facts.modules[name].type_name}) owns parameters and mixes tokens, or takes more than hidden states, so "
                 f"it cannot run on a shard of the tokens; {facts.model_type} needs a data file that says what becomes of it"
             )
+    for name, planned in list(plan.modules.items()):
+        if planned.style is Style.CUT_NORM and rms_epsilon(model.get_submodule(name)) is None:
+            around = next(b for b in plan.blocks if _holds(b, name))
+            why = f"{name} ({facts.modules[name].type_name}) is a norm over all heads but no plain RMS norm"
+            plan.repeat_whole(around, [m for m in facts.modules if _holds(around, m)], why)
+            plan.remarks.append(f"{around} is repeated whole by every rank: {why}")
     embedding = model.get_submodule(facts.embedding)
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(embedding, option):
@@ -144,14 +184,23 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
             )
     for pattern, attributes in family(facts.model_type).attributes.items():
         for name in plan.blocks:
-            if _same_place(facts.full_name(pattern), name):
+            if matches(facts.full_name(pattern), name):
                 for path in attributes:
                     _owner(model.get_submodule(name), path)  # raises if it was renamed
 
 
-def _same_place(pattern: str, name: str) -> bool:
-    ours, theirs = pattern.split("."), name.split(".")
-    return len(ours) == len(theirs) and all(a in ("*", b) for a, b in zip(ours, theirs, strict=True))
+def _width(module: nn.Module, hidden_size: int) -> int:
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 1 else hidden_size
+
+
+def _may_run_on_shards(module: nn.Module, hidden_size: int) -> bool:
+    """Token-wise by measurement, and holding nothing that routes: recorded router logits must be of all tokens."""
+    if any(p.dim() > 2 for p in module.parameters()):
+        return False
+    return is_tokenwise(module, _width(module, hidden_size))
 
 
 def _owner(block: nn.Module, path: str) -> tuple[Any, str]:
@@ -196,8 +245,14 @@ class _Injection:
             self._module(name, self.model.get_submodule(name))
         for block in self.plan.blocks.values():
             self._block(block)
+        for name in self.plan.routers:
+            self._boundary(self.model.get_submodule(name), Router)
+        self.remarks += self.plan.remarks
+        token_inputs = family(self.facts.model_type).token_inputs
         for name in self.plan.layers:
-            self._boundary(self.model.get_submodule(name), ShardedLayer)
+            layer = self.model.get_submodule(name)
+            layer.token_inputs = token_inputs  # type: ignore[assignment]
+            self._boundary(layer, ShardedLayer)
         base = self.model.get_submodule(self.facts.base)
         base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
         for child in base.children():
@@ -214,10 +269,11 @@ class _Injection:
     def _module(self, name: str, module: nn.Module) -> None:
         was = self.facts.modules[name].type_name
         planned = self.plan.modules.get(name)
-        if planned is None:
+        if planned is None or planned.style is Style.WHOLE:
             self._unplanned(name, module, was)
             return
         parameters = {}
+        self._summed = any(_holds(b.name, name) and b.kind is BlockKind.SUMMED for b in self.plan.blocks.values())
         for key, parameter in module.named_parameters(recurse=False):
             parameters[key] = self._parameter(parameter, planned.cuts.get(key), planned.style)
         module.seqpar = self.state  # type: ignore[assignment]
@@ -225,29 +281,36 @@ class _Injection:
         self.entries.append(Entry(name, was, becomes, parameters, planned.why))
 
     def _unplanned(self, name: str, module: nn.Module, was: str) -> None:
-        partial = name in self.plan.tokenwise and self.state.sequence_parallel
+        whole = next((b for b in self.plan.blocks.values() if _holds(b.name, name) and b.kind is BlockKind.WHOLE), None)
+        tokenwise = name in self.plan.tokenwise
+        if tokenwise:
+            why = "acts on each token alone"
+        elif whole is not None:
+            why = f"{whole.name} is repeated whole by every rank"
+        elif name in self.plan.between:
+            width = _width(module, self.facts.hidden_size)
+            tokenwise = name not in self.plan.modules and is_tokenwise(module, width)
+            why = "acts on each token alone" if tokenwise else "between the layers; every rank repeats it on all tokens"
+            self._boundary(module, TokenwiseModule if tokenwise else ReplicatedModule)
+        else:
+            why = "outside the base model; left alone, it sees whole activations"
+            self.remarks.append(
+                f"{name or 'the model itself'} ({was}) was left alone: it stands outside the base model and sees whole activations"
+            )
+        partial = tokenwise and self.state.sequence_parallel
         parameters = {}
         for key, parameter in module.named_parameters(recurse=False):
             if partial:
                 self.state.partial.add(parameter)
             shape = tuple(parameter.shape)
             parameters[key] = ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
-        if name in self.plan.tokenwise:
-            why = "acts on each token alone"
-            if not any(name.startswith(f"{layer}.") for layer in self.plan.layers):
-                self._boundary(module, TokenwiseModule)
-        else:
-            why = "outside the base model; left alone, it sees whole activations"
-            self.remarks.append(
-                f"{name} ({was}) was left alone: it stands outside the base model and sees whole activations"
-            )
         self.entries.append(Entry(name, was, was, parameters, why))
 
     def _parameter(self, parameter: nn.Parameter, cut: Cut | None, style: Style) -> ParameterEntry:
         state, rank = self.state, self.state.groups.tp_rank
         if cut is None:
             shape = tuple(parameter.shape)
-            partial = style is Style.PARTIAL or state.sequence_parallel
+            partial = style is not Style.ROUTER and (style is not Style.ROW or self._summed or state.sequence_parallel)
             if partial:
                 state.partial.add(parameter)
             return ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
@@ -262,13 +325,19 @@ class _Injection:
 
     def _swap(self, name: str, module: nn.Module, style: Style, cuts: Any) -> str:
         rank = self.state.groups.tp_rank
-        if style is Style.PARTIAL:
+        if style in (Style.PARTIAL, Style.LATENT):
+            become(module, InnerModule)
+            return type(module).__name__
+        if style is Style.ROUTER:
+            return type(module).__name__
+        if style in (Style.EXPERTS, Style.LOCAL):
+            for child in module.children():
+                if isinstance(child, nn.Identity):  # an expert that returns its input
+                    self._boundary(child, FirstRankOnly)
             return type(module).__name__
         cut: Cut = cuts["weight"]
         if style is Style.CUT_NORM:
-            norm_eps = family(self.facts.model_type).norm_eps
-            attribute = next(v for k, v in norm_eps.items() if _same_place(self.facts.full_name(k), name))
-            module.norm_width, module.norm_eps = cut.size, getattr(module, attribute)  # type: ignore[assignment]
+            module.norm_width, module.norm_eps = cut.size, rms_epsilon(module)  # type: ignore[assignment]
             module.norm_copies = cut.ranges.count(cut.ranges[rank])  # type: ignore[assignment]
             become(module, CutRMSNorm)
             return CutRMSNorm.__name__
@@ -280,32 +349,43 @@ class _Injection:
         if style is Style.HEAD:
             module.vocab_size, module.vocab_start = cut.size, cut.ranges[rank][0][0]  # type: ignore[assignment]
             module.vocab_widths = tuple(cut.local_size(r) for r in range(self.state.groups.tp_size))  # type: ignore[assignment]
-        module.__class__ = {Style.HEAD: VocabParallelHead, Style.ROW: RowParallelLinear}.get(
-            style, ColumnParallelLinear
-        )
+        row = PartialSumLinear if self._summed else RowParallelLinear
+        module.__class__ = {Style.HEAD: VocabParallelHead, Style.ROW: row}.get(style, ColumnParallelLinear)
         return type(module).__name__
 
     def _block(self, block: BlockPlan) -> None:
         module = self.model.get_submodule(block.name)
+        module.input_name = _first_argument(module)  # type: ignore[assignment]
+        module.recomputable = block.kind is BlockKind.GROUPED and not block.has_heads  # type: ignore[assignment]
+        self._local_counts(block, module)
+        if block.kind is not BlockKind.GROUPED:
+            module.draws = draws_random_numbers(module)  # type: ignore[assignment]
+            kinds = {BlockKind.SUMMED: SummedBlock, BlockKind.EXPERTS: ExpertsBlock, BlockKind.WHOLE: WholeBlock}
+            self._boundary(module, kinds[block.kind])
+            return
         columns = [self.model.get_submodule(name) for name in block.columns]
         siblings = tuple(c for c in columns if c.in_features == self.facts.hidden_size)
         for column in columns:
             column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]
-        module.input_name = _first_argument(module)  # type: ignore[assignment]
-        module.recomputable = not block.has_heads  # type: ignore[assignment]
-        self._local_counts(block, module)
         self._boundary(module, ShardedBlock)
 
     def _local_counts(self, block: BlockPlan, module: nn.Module) -> None:
-        heads, rank = self.plan.heads, self.state.groups.tp_rank
+        heads, rank = block.heads, self.state.groups.tp_rank
         if heads is None or not block.has_heads:
             return
         counts = {"num_local_heads": heads.num_local_heads(rank), "num_local_kv_heads": heads.num_local_kv_heads(rank)}
+        n, kv = self.facts.heads_of(block.name)
+        for name in QUERY_COUNTS:
+            if vars(module).get(name) == n:
+                setattr(module, name, counts["num_local_heads"])
+        for name in KV_COUNTS:
+            if vars(module).get(name) == kv:
+                setattr(module, name, counts["num_local_kv_heads"])
         if hasattr(module, "num_key_value_groups"):
             module.num_key_value_groups = counts["num_local_heads"] // counts["num_local_kv_heads"]  # type: ignore[assignment]
         through_config = {}
         for pattern, attributes in family(self.facts.model_type).attributes.items():
-            if _same_place(self.facts.full_name(pattern), block.name):
+            if matches(self.facts.full_name(pattern), block.name):
                 for path, count in attributes.items():
                     if path.startswith("config."):
                         through_config[path.removeprefix("config.")] = counts[count]
@@ -313,6 +393,10 @@ class _Injection:
                         setattr(module, path, counts[count])
         if through_config:
             module.config = _ConfigView(module.config, through_config)  # type: ignore[assignment]
+
+
+def _holds(block: str, name: str) -> bool:
+    return name == block or name.startswith(f"{block}.")
 
 
 def _first_argument(module: nn.Module) -> str:

@@ -78,6 +78,7 @@ class Handle(torch.Tensor):
     state: ShardingState
     _full: Tensor | None
     _hooks: list[tuple[Callable[..., Any], Any]]
+    _expected: bool = False  # becoming whole is the plan, nothing to report
     _grad_mode: bool  # of the forward that made it, whatever mode its reader is in
     _elementwise: set[str] = _ELEMENTWISE
     _allows_in_place = True
@@ -125,12 +126,14 @@ class Handle(torch.Tensor):
         """The real, differentiable tensor. Collective; from then on it is the truth, also for in-place changes."""
         if self._full is None:
             name = f"{type(self).__name__}.{wanted_by}"
-            if torch.is_grad_enabled() and not self.state.materialised[name] and self.state.groups.tp_rank == 0:
+            first = not self.state.materialised[name] and not self._expected
+            if first and torch.is_grad_enabled() and self.state.groups.tp_rank == 0:
                 _log.warning(
                     "%s was gathered whole for %s while training: right, but slower than staying sharded",
                     *name.split("."),
                 )
-            self.state.materialised[name] += 1
+            if not self._expected:
+                self.state.materialised[name] += 1
             with torch.set_grad_enabled(self._grad_mode):
                 self._full = self._gather()
             for hook, removable in self._hooks:
@@ -243,8 +246,8 @@ class TokenShard(Handle):
     _elementwise = _ELEMENTWISE_ON_TOKENS
 
     def __new__(cls, source: Tensor, region: TokenRegion, state: ShardingState) -> TokenShard:
-        """`source` [1, c, h], any floating dtype."""
-        shape = (region.batch, region.seq, source.shape[-1])
+        """`source` [1, c, h], any floating dtype; layers that carry several streams have [1, c, streams, h]."""
+        shape = (region.batch, region.seq, *source.shape[2:])
         return cls._make(shape, source, region, state, source.dtype)  # type: ignore[no-any-return]
 
     def over(self, source: Tensor) -> Tensor:
@@ -277,11 +280,13 @@ class GatheredInput(Handle):
     _outputs: dict[int, Tensor]
     _version_gathered: int
 
-    def __new__(cls, source: Tensor, region: TokenRegion, state: ShardingState) -> GatheredInput:
-        """`source` in `region.local_shape`."""
+    def __new__(
+        cls, source: Tensor, region: TokenRegion, state: ShardingState, *, meant_whole: bool = False
+    ) -> GatheredInput:
+        """`source` in `region.local_shape`; `meant_whole` if gathering it is the plan and nothing to report."""
         shape = (region.batch, region.seq, source.shape[-1])
         handle = cls._make(shape, source, region, state, source.dtype)
-        handle._outputs = {}
+        handle._outputs, handle._expected = {}, meant_whole
         return handle  # type: ignore[no-any-return]
 
     def _gather(self) -> Tensor:
