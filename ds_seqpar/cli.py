@@ -17,6 +17,8 @@ def table() -> str:
     lines = ["| type | plan | status | styles | tested at |", "|---|---|---|---|---|"]
     for name, result in sorted(RESULTS.items()):
         status = result["status"] + (f": {result['why']}" if result.get("why") else "")
+        if result.get("whole"):
+            status += f"; whole: {', '.join(result['whole'])}"
         cells = (name, result["plan"], status, ", ".join(result["styles"]), result["at"])
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

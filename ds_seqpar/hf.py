@@ -9,11 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.pytorch_utils import Conv1D
 
 from .errors import PlanError
+from .families import family
 from .plan.facts import ModelFacts, ModuleFacts
 
 __all__ = ["causal_lm_loss", "describe", "enable_full_recompute", "require_model", "write_checkpoint"]
+
+LINEARS = ("FalconLinear",)
+"""Subclasses of nn.Linear that compute what it does."""
 
 
 def require_model(model: object) -> PreTrainedModel:
@@ -36,6 +41,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     if base is model:  # some models name no base, but have one with the same config
         parts = (m for m in model.children() if isinstance(m, PreTrainedModel) and m.config is config)
         base = next(parts, model)
+    data = family(model_type)
+    if data.base:
+        base = model.get_submodule(data.base)
     base_name = next((name for name, module in model.named_modules() if module is base), "")
     if getattr(config, "is_encoder_decoder", False):
         raise PlanError(f"model type {model_type!r} is an encoder-decoder; only decoder models can be sharded")
@@ -58,7 +66,7 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         raise PlanError(f"model type {model_type!r} has no input embedding that can be found")
     heads = int(_common(config, "num_attention_heads") or 0)
     head_dim = _common(config, "head_dim") or (config.hidden_size // heads if heads else 0)
-    kv_heads = int(_common(config, "num_key_value_heads") or heads)
+    kv_heads = int(_common(config, "num_key_value_heads") or _common(config, "num_kv_heads") or heads)
     return ModelFacts(
         model_type=model_type,
         base=base_name,
@@ -102,12 +110,13 @@ def _modules(model: nn.Module) -> dict[str, ModuleFacts]:
         shapes = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
         if shapes:
             role = "other"
-            if type(module) is nn.Linear:
+            transposed = type(module) is Conv1D
+            if type(module) is nn.Linear or type(module).__name__ in LINEARS or transposed:
                 role = "linear"
             elif isinstance(module, nn.Embedding):
                 role = "embedding"
             interleaved = getattr(module, "is_concatenated", True) is False
-            facts[name] = ModuleFacts(role, type(module).__name__, shapes, interleaved)
+            facts[name] = ModuleFacts(role, type(module).__name__, shapes, transposed, interleaved)
     return facts
 
 

@@ -21,15 +21,18 @@ from .groups import ParallelGroups
 from .layers.blocks import (
     ExpertsBlock,
     FirstRankOnly,
+    HeadInputs,
     InnerModule,
     PartialSumLinear,
     ReplicatedModule,
     Router,
     SummedBlock,
     WholeBlock,
+    added_once,
     draws_random_numbers,
 )
 from .layers.boundaries import ShardedBlock, ShardedLayer, ShardedModel, ShardedTopModel, TokenwiseModule, become
+from .layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from .layers.embedding import VocabParallelEmbedding
 from .layers.guard import InputGuard
 from .layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
@@ -331,6 +334,8 @@ class _Injection:
         if style is Style.ROUTER:
             return type(module).__name__
         if style in (Style.EXPERTS, Style.LOCAL):
+            for key in self.plan.modules[name].once:
+                become(module, added_once(key))
             for child in module.children():
                 if isinstance(child, nn.Identity):  # an expert that returns its input
                     self._boundary(child, FirstRankOnly)
@@ -345,12 +350,15 @@ class _Injection:
             module.vocab_start = cut.ranges[rank][0][0]  # type: ignore[assignment]
             become(module, VocabParallelEmbedding, before=False)
             return VocabParallelEmbedding.__name__
-        module.out_features, module.in_features = module.weight.shape  # type: ignore[assignment, misc]
+        transposed = self.facts.modules[name].transposed
+        shape = module.weight.shape[::-1] if transposed else module.weight.shape  # type: ignore[index]
+        module.out_features, module.in_features = shape  # type: ignore[assignment, misc]
         if style is Style.HEAD:
             module.vocab_size, module.vocab_start = cut.size, cut.ranges[rank][0][0]  # type: ignore[assignment]
             module.vocab_widths = tuple(cut.local_size(r) for r in range(self.state.groups.tp_size))  # type: ignore[assignment]
-        row = PartialSumLinear if self._summed else RowParallelLinear
-        module.__class__ = {Style.HEAD: VocabParallelHead, Style.ROW: row}.get(style, ColumnParallelLinear)
+        row = PartialSumLinear if self._summed else RowParallelConv1D if transposed else RowParallelLinear
+        column = ColumnParallelConv1D if transposed else ColumnParallelLinear
+        module.__class__ = {Style.HEAD: VocabParallelHead, Style.ROW: row}.get(style, column)
         return type(module).__name__
 
     def _block(self, block: BlockPlan) -> None:
@@ -358,7 +366,10 @@ class _Injection:
         module.input_name = _first_argument(module)  # type: ignore[assignment]
         module.recomputable = block.kind is BlockKind.GROUPED and not block.has_heads  # type: ignore[assignment]
         self._local_counts(block, module)
-        if block.kind is not BlockKind.GROUPED:
+        self._head_inputs(block, module)
+        if block.kind is BlockKind.EXIT:
+            return
+        if block.kind not in (BlockKind.GROUPED, BlockKind.ENTRY):
             module.draws = draws_random_numbers(module)  # type: ignore[assignment]
             kinds = {BlockKind.SUMMED: SummedBlock, BlockKind.EXPERTS: ExpertsBlock, BlockKind.WHOLE: WholeBlock}
             self._boundary(module, kinds[block.kind])
@@ -369,18 +380,27 @@ class _Injection:
             column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]
         self._boundary(module, ShardedBlock)
 
+    def _head_inputs(self, block: BlockPlan, module: nn.Module) -> None:
+        if block.heads is None:
+            return
+        for pattern, inputs in family(self.facts.model_type).head_inputs.items():
+            if matches(self.facts.full_name(pattern), block.name):
+                module.head_inputs = dict(inputs)  # type: ignore[assignment]
+                module.heads = (self.facts.heads_of(block.name)[0], block.heads.queries[self.state.groups.tp_rank])  # type: ignore[assignment]
+                become(module, HeadInputs)
+
     def _local_counts(self, block: BlockPlan, module: nn.Module) -> None:
         heads, rank = block.heads, self.state.groups.tp_rank
         if heads is None or not block.has_heads:
             return
         counts = {"num_local_heads": heads.num_local_heads(rank), "num_local_kv_heads": heads.num_local_kv_heads(rank)}
+        counts["local_width"] = counts["num_local_heads"] * self.facts.head_dim
         n, kv = self.facts.heads_of(block.name)
-        for name in QUERY_COUNTS:
-            if vars(module).get(name) == n:
-                setattr(module, name, counts["num_local_heads"])
-        for name in KV_COUNTS:
-            if vars(module).get(name) == kv:
-                setattr(module, name, counts["num_local_kv_heads"])
+        for part in module.modules():
+            for names, whole, local in ((QUERY_COUNTS, n, "num_local_heads"), (KV_COUNTS, kv, "num_local_kv_heads")):
+                for name in names:
+                    if vars(part).get(name) == whole:
+                        setattr(part, name, counts[local])
         if hasattr(module, "num_key_value_groups"):
             module.num_key_value_groups = counts["num_local_heads"] // counts["num_local_kv_heads"]  # type: ignore[assignment]
         through_config = {}

@@ -11,7 +11,10 @@ from models import device
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-__all__ = ["batches_for", "causal", "planned_types", "tiny_config", "tiny_of"]
+CLASSICS = ("bloom", "codegen", "falcon", "gpt2", "gpt_neo", "gpt_oss", "gptj", "mpt", "opt")
+"""Causal language models without a plan in transformers; ours is in their data files."""
+
+__all__ = ["CLASSICS", "NoModelError", "batches_for", "causal", "planned_types", "tiny_config", "tiny_of"]
 
 SIZES: dict[str, Any] = dict(
     vocab_size=101, hidden_size=48, intermediate_size=50, num_hidden_layers=2, num_layers=2, num_attention_heads=6,
@@ -38,10 +41,19 @@ _HALF = dict(
 )
 _MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]})
 _PER_LAYER_INPUT = dict(
-    vocab_size_per_layer_input=101, hidden_size_per_layer_input=6, num_global_key_value_heads=3, layer_types=["sliding_attention", "full_attention"],
+    vocab_size_per_layer_input=101, hidden_size_per_layer_input=6, num_global_key_value_heads=3,
+    layer_types=["sliding_attention", "full_attention"],
     num_kv_shared_layers=0,
 )  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
+    "ernie4_5_vl_moe_text": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
+    "codegen": dict(num_attention_heads=4, hidden_size=32, rotary_dim=4),
+    "falcon": dict(new_decoder_architecture=True, num_kv_heads=3, parallel_attn=True, alibi=False),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], attention_dropout=0.0, resid_dropout=0.0, embed_dropout=0.0),
+    "gptj": dict(rotary_dim=4),
+    "mpt": dict(d_model=48, n_heads=6, n_layers=2, max_seq_len=64),
+    "opt": dict(word_embed_proj_dim=48, ffn_dim=50, dropout=0.0),
     "bailing_hybrid": _HYBRID,
     "cohere_compass_text": dict(
         layer_types=["sliding_attention", "full_attention"],
@@ -63,7 +75,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_text": _PER_LAYER_INPUT | dict(enable_moe_block=True),
     "glm4v_moe_text": _HALF,
     "glm4v_text": _HALF,
-    "glm5_next_text": dict(linear_num_heads=2, linear_head_dim=8, num_key_value_heads=6, qk_rope_head_dim=0),
+    "glm5_next_text": dict(layer_types=["linear_attention", "full_attention"], linear_num_heads=2,
+        linear_head_dim=8, num_key_value_heads=6, qk_rope_head_dim=0),
     "glm_image_text": _HALF,
     "glm_ocr_text": _HALF,
     "granitemoehybrid": dict(layer_types=["linear_attention", "attention"], mamba_n_heads=6, mamba_d_state=8),
@@ -71,14 +84,18 @@ OWN: dict[str, dict[str, Any]] = {
         mamba_dt_rank=3, use_mamba_kernels=False),
     "kimi_linear": _HYBRID,
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
-    "longcat_flash": dict(head_dim=4, num_layers=2, num_hidden_layers=4, ffn_hidden_size=50, expert_ffn_hidden_size=14, zero_expert_num=2, moe_topk=3),
+    "longcat_flash": dict(head_dim=4, num_layers=2, num_hidden_layers=4, ffn_hidden_size=50, expert_ffn_hidden_size=14,
+        zero_expert_num=2, moe_topk=3),
     "neomme": dict(head_dim=16),
     "qwen2_5_vl_text": _MROPE,
     "qwen2_vl_text": _MROPE,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
-    "qwen4_exp_text": dict(layer_types=["linear_attention", "indexed_attention"], ngram_vocab_size_base=50),
+    "qwen4_exp_text": dict(
+        layer_types=["linear_attention", "indexed_attention"], ngram_vocab_size_base=50, indexer_n_heads=2, indexer_kv_heads=1,
+        indexer_head_dim=8, indexer_budget=64, indexer_compress_ratio=1,
+    ),
 }  # fmt: skip
 FLOAT32 = ("inkling2_text",)
 """Types whose code has a dtype of its own inside."""
@@ -115,23 +132,34 @@ def causal(config: PreTrainedConfig) -> bool:
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:
     config._experts_implementation_internal = "eager"  # grouped_mm has no float64
-    if causal(config) or type(config) in AutoModel._model_mapping:
-        cls = AutoModelForCausalLM if causal(config) else AutoModel
-        return cls.from_config(config)
     name = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        if causal(config) or type(config) in AutoModel._model_mapping:
+            cls = AutoModelForCausalLM if causal(config) else AutoModel
+            return cls.from_config(config)
+    except ValueError as problem:
+        if "Could not find" not in str(problem):
+            raise
     module = import_module(name)  # parts of multimodal models have no entry in the Auto classes
     classes = [
         c for c in vars(module).values()
         if isinstance(c, type) and issubclass(c, PreTrainedModel) and getattr(c, "config_class", None) is type(config)
         and "For" not in c.__name__ and not c.__name__.endswith("PreTrainedModel")
     ]  # fmt: skip
-    assert classes, f"{name} has no model for {type(config).__name__}"
+    if not classes:
+        raise NoModelError(f"transformers has no model of its own for {type(config).__name__}")
     return classes[0]._from_config(config)
 
 
-def tiny_of(model_type: str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+class NoModelError(Exception):
+    """transformers has a config of the type, but no model."""
+
+
+def tiny_of(model_type: str, *, dtype: torch.dtype | None = None, build_only: bool = False) -> PreTrainedModel:
     """A random model: the causal LM where there is one, else the base model. Equal weights on every call and rank."""
     config = tiny_config(model_type)
+    if build_only:
+        return _build(config)
     with torch.device("meta"):
         size = sum(p.numel() for p in _build(config).parameters())
     assert size < 4_000_000, f"{model_type} is not tiny: {size} parameters"
@@ -139,10 +167,9 @@ def tiny_of(model_type: str, *, dtype: torch.dtype | None = None) -> PreTrainedM
     model = _build(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape)
-            if not bool(torch.isfinite(parameter).all()):
-                parameter.zero_()
-            parameter.add_(noise * (0.1 if parameter.dim() == 1 else 0.05))
+            if parameter.dim() > 2 or not bool(torch.isfinite(parameter).all()):
+                parameter.zero_()  # some are left uninitialised
+            parameter.add_(torch.randn(parameter.shape) * (0.1 if parameter.dim() == 1 else 0.05))
     return model.to(device(), dtype or (torch.float32 if model_type in FLOAT32 else torch.float64))
 
 

@@ -4,10 +4,13 @@ A file may hold these names, all optional; patterns are relative to the base mod
 
     STYLES      pattern -> style, over what the model's tp_plan says
     ROLES       pattern -> the sections of the cut dimension ("q", "kv", "qkv", "even")
-    ATTRIBUTES  block pattern -> {attribute: "num_local_heads" | "num_local_kv_heads"}; "config.x" is read through a view
+    ATTRIBUTES  block pattern -> {attribute: "num_local_heads" | "num_local_kv_heads" | "local_width"}; "config.x" is read through a view
                 of the config that only this block sees
     LAYER_PARAMETERS  names of parameters that layers own themselves and use token by token
     TOKEN_INPUTS      names of arguments of a layer's forward, beside the hidden states, that hold something for each token
+    HEAD_INPUTS       block pattern -> {argument of its forward: "heads" | "batch x heads"}, what its first dimension holds
+    BLOCKS      patterns of the modules that are blocks, where a layer's direct child is too much
+    BASE        name of the module that is called with the inputs, where it is not transformers' base model
     LIKE        another model type whose file this one starts from
     REFUSED     why the type cannot be sharded exactly
 """
@@ -40,6 +43,9 @@ class Family:
     attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     layer_parameters: tuple[str, ...] = ()
     token_inputs: tuple[str, ...] = ()
+    head_inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    base: str = ""
     refused: str = ""
 
 
@@ -56,5 +62,8 @@ def family(model_type: str) -> Family:
         {**base.attributes, **data.get("ATTRIBUTES", {})},
         data.get("LAYER_PARAMETERS", base.layer_parameters),
         data.get("TOKEN_INPUTS", base.token_inputs),
+        {**base.head_inputs, **data.get("HEAD_INPUTS", {})},
+        data.get("BLOCKS", base.blocks),
+        data.get("BASE", base.base),
         data.get("REFUSED", base.refused),
     )

@@ -1,4 +1,3 @@
-"""EmbeddingGemma 2: every layer is given its part of the per-layer embeddings."""
+"""EmbeddingGemma 2."""
 
-STYLES = {"ple.per_layer_projection_norm": "whole"}
-TOKEN_INPUTS = ("per_layer_input",)
+REFUSED = "its gradients are not exact yet: layers whose heads differ in size read per-layer inputs"

@@ -1,3 +1,3 @@
-"""Gemma 3n: every layer is given its part of the per-layer embeddings."""
+"""Gemma 3n."""
 
-TOKEN_INPUTS = ("per_layer_input",)
+REFUSED = "its hidden states carry several predictions of every token in front of the batch, where tokens are not found by position"

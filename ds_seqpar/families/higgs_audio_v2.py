@@ -1,3 +1,3 @@
-"""Higgs Audio: layers norm audio tokens by weights of their own."""
+"""Higgs Audio."""
 
-TOKEN_INPUTS = ("audio_token_mask",)
+REFUSED = "its layers pick audio tokens out of a batch by a mask over whole sequences"

@@ -11,6 +11,7 @@ Legend: b batch, s sequence, T = b*s tokens, h hidden, c = ceil(T/t), k choices 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,12 +29,14 @@ from .region import ShardingState, TokenRegion
 __all__ = [
     "ExpertsBlock",
     "FirstRankOnly",
+    "HeadInputs",
     "InnerModule",
     "PartialSumLinear",
     "ReplicatedModule",
     "Router",
     "SummedBlock",
     "WholeBlock",
+    "added_once",
     "draws_random_numbers",
 ]
 
@@ -192,6 +195,35 @@ class PartialSumLinear(nn.Linear):
         """[..., in_r] -> [..., out]."""
         bias = None if self.bias is None else on_first_rank(self.bias, self.seqpar)
         return linear(input, self.weight, bias)
+
+
+@functools.cache
+def added_once(key: str) -> type:
+    """A mixin in which the parameter `key` [...] reads as zeros on every rank but the first of the group."""
+
+    def read(module: Any) -> Tensor:
+        return on_first_rank(module._parameters[key], module.seqpar)
+
+    return type("AddedOnce", (), {key: property(read)})
+
+
+class HeadInputs:
+    """A block that is given something for every head (an alibi): takes this rank's heads of it.
+
+    `head_inputs` names the arguments: "heads" where their first dimension is the heads, "batch x heads" where it is both.
+    """
+
+    head_inputs: dict[str, str]
+    heads: tuple[int, tuple[int, int]]  # how many, and the range of this rank's
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        number, (start, stop) = self.heads
+        for name, layout in self.head_inputs.items():
+            if isinstance(x := kwargs.get(name), Tensor):
+                by_head = x.unflatten(0, (-1, number)) if layout == "batch x heads" else x
+                mine = by_head[:, start:stop].flatten(0, 1) if layout == "batch x heads" else by_head[start:stop]
+                kwargs[name] = mine
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
 def on_first_rank(parameter: Tensor, state: ShardingState) -> Tensor:

@@ -302,7 +302,7 @@ class GatheredInput(Handle):
             raise SeqParError("a block's input was changed in place; let the model code clone() it first")
         if id(linear) not in self._outputs:
             members = [linear, *(m for m in linear.siblings if m is not linear and id(m) not in self._outputs)]
-            outputs = column_parallel(self.source, self.region, members)
+            outputs = column_parallel(self.source, self.region, [m.as_linear() for m in members])
             self._outputs.update({id(m): out for m, out in zip(members, outputs, strict=True)})
         return self._outputs.pop(id(linear))
 

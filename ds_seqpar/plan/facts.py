@@ -15,6 +15,7 @@ class ModuleFacts:
     role: str
     type_name: str
     shapes: Mapping[str, tuple[int, ...]]
+    transposed: bool = False  # a linear whose weight is [in, out]
     interleaved: bool = False  # experts that keep gate and up in alternating rows
 
 

@@ -25,6 +25,7 @@ class ModulePlan:
     style: Style
     cuts: Mapping[str, Cut]
     why: str
+    once: tuple[str, ...] = ()  # parameters that one rank alone adds to a partial sum
 
 
 @dataclass
@@ -90,11 +91,16 @@ def resolve(facts: ModelFacts, family: Family, tp_size: int, users: Mapping[str,
     return _Planner(facts, family, tp_size, users or {}).plan()
 
 
+class _Uncuttable(PlanError):
+    """A weight is not made of the heads that the model has."""
+
+
 class _Planner:
     def __init__(self, facts: ModelFacts, family: Family, tp_size: int, users: Mapping[str, str]) -> None:
         self.facts, self.family, self.tp_size, self.users = facts, family, tp_size, users
         self.users_roles: dict[str, tuple[str, ...]] = {}
         self.result = ModelPlan()
+        self._by_file = f"data file of {facts.model_type}"
         self._counts = (0, 0)  # query and kv heads of the block that is being planned
 
     def plan(self) -> ModelPlan:
@@ -113,7 +119,7 @@ class _Planner:
         found: dict[str, Word] = {}
         styles = {pattern: (word, TRANSFORMERS) for pattern, word in facts.tp_plan.items()}
         for pattern, word in self.family.styles.items():
-            styles[facts.full_name(pattern)] = (word, f"data file of {facts.model_type}")
+            styles[facts.full_name(pattern)] = (word, self._by_file)
         for pattern, word in self.users.items():
             word, _, roles = word.partition(":")
             if roles:
@@ -157,8 +163,14 @@ class _Planner:
         for name in self.facts.modules:
             layer = _layer_of(name)
             if layer in self.result.layers:
-                members.setdefault(_child_of(layer, name), []).append(name)
+                members.setdefault(self._block_of(layer, name), []).append(name)
         return members
+
+    def _block_of(self, layer: str, name: str) -> str:
+        parts = name.split(".")
+        around = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
+        given = next((n for n in around if any(matches(self.facts.full_name(p), n) for p in self.family.blocks)), None)
+        return given or _child_of(layer, name)
 
     def _plan_block(self, name: str, members: list[str], words: Mapping[str, Word]) -> None:
         planned = {m: words[m] for m in members if m in words}
@@ -189,17 +201,36 @@ class _Planner:
             inner = [m for m in members if m.startswith(f"{parent}.")]
             if block.kind is BlockKind.SUMMED and not any(m in planned for m in inner):
                 planned |= self._conventional(parent, inner)
-        left = []
+        left, reason = [], ""
+        exits = not any(
+            style in (Style.COLUMN, Style.PACKED_COLUMN, Style.HEAD, Style.EXPERTS) for style, _ in planned.values()
+        )
         is_attention = any(m.rpartition(".")[2] in ("o_proj", "k_proj", "kv_b_proj") for m in planned)
         for module in members:
-            if not self._plan_module(block, module, planned.get(module), parameters[module], is_attention):
+            try:
+                done = self._plan_module(block, module, planned.get(module), parameters[module], is_attention)
+            except _Uncuttable as problem:
+                if planned.get(module, (None, TRANSFORMERS))[1] != self._by_file:
+                    raise
+                done, reason = False, str(problem)
+            if not done:
+                if exits and self._is_norm(module) and module not in planned:
+                    self.result.tokenwise.append(module)  # after the block's reduce-scatter
+                    continue
                 left.append(module)
-        if left or not (block.experts or (block.columns and block.rows)):
+                break
+        if not left and any(why == self._by_file for _, why in planned.values()) and not block.experts:
+            if block.columns and not block.rows:
+                block.kind = BlockKind.ENTRY
+            elif block.rows and not block.columns:
+                block.kind = BlockKind.EXIT
+        halves = block.kind in (BlockKind.ENTRY, BlockKind.EXIT)
+        if left or not (halves or block.experts or (block.columns and block.rows)):
             self._refuse_unsaid(block, planned, left)
             for module in members:
                 self.result.modules.pop(module, None)
-            why = "it has no row-parallel linear"
-            if left:
+            why = reason or "it has no row-parallel linear"
+            if left and not reason:
                 why = f"no plan says what becomes of {left[0]} ({self.facts.modules[left[0]].type_name})"
             self.result.remarks.append(f"{name} is repeated whole by every rank: {why}")
             return self._whole(name, members, why)
@@ -287,18 +318,20 @@ class _Planner:
         if module.role != "linear":
             raise PlanError(f"{name}: style {style.value!r} needs an nn.Linear, not {module.type_name}")
         roles = self._roles(name, is_attention)
-        if why == BY_NAME and not self._fits(roles, module.shapes["weight"]):
+        if why == BY_NAME and not self._fits(roles, module.shapes["weight"][style in (Style.ROW, Style.ROW_OF_WHOLE)]):
             return False
         block.has_heads |= roles[0] is not Role.EVEN
-        out_features, in_features = module.shapes["weight"]
+        rows, columns = (1, 0) if module.transposed else (0, 1)  # where weight [out, in] has its two
         if style in (Style.ROW, Style.ROW_OF_WHOLE):
             block.rows.append(name)
-            cuts = {"weight": self._cut(block, name, 1, in_features, roles)}
+            cuts = {"weight": self._cut(block, name, columns, module.shapes["weight"][columns], roles)}
             style = Style.ROW
         else:
             block.columns.append(name)
-            cut = self._cut(block, name, 0, out_features, roles)
-            cuts = {parameter: cut for parameter in module.shapes}
+            cut = self._cut(block, name, rows, module.shapes["weight"][rows], roles)
+            cuts = {
+                key: Cut(min(cut.dim, len(shape) - 1), cut.size, cut.ranges) for key, shape in module.shapes.items()
+            }
             style = Style.PACKED_COLUMN if style is Style.PACKED_COLUMN else Style.COLUMN
         self.result.modules[name] = ModulePlan(name, style, cuts, why)
         return True
@@ -313,21 +346,25 @@ class _Planner:
 
     def _plan_parameters(self, block: BlockPlan, name: str, words: Mapping[str, Word], why: str) -> bool:
         """A module whose parameters are planned one by one: experts [E, out, in], attention sinks [heads]."""
-        cuts = {}
+        cuts, once = {}, []
         for key, shape in self.facts.modules[name].shapes.items():
             if key not in words:
                 return False
             style = words[key][0]
-            dim = max(0, len(shape) - 2) if style in (Style.COLUMN, Style.PACKED_COLUMN) else len(shape) - 1
+            if style is Style.ONCE:
+                once.append(key)
+                continue
+            column = style in (Style.COLUMN, Style.PACKED_COLUMN)
+            dim = len(shape) - 2 if column and len(shape) == 3 else len(shape) - 1
             roles = self._roles(f"{name}.{key}")
-            if len(shape) == 3:
+            if len(shape) > 1:
                 packed = "gate_up" in key or style in (Style.PACKED_COLUMN, Style.PACKED_ROW)
                 interleaved = packed and self.facts.modules[name].interleaved
                 roles = (Role.PAIRS,) if interleaved else (Role.EVEN,) * (1 + packed)
             block.has_heads |= roles[0] in (Role.QUERY, Role.KV)
             cuts[key] = self._cut(block, f"{name}.{key}", dim, shape[dim], roles)
         style = Style.EXPERTS if name in block.experts else Style.LOCAL
-        self.result.modules[name] = ModulePlan(name, style, cuts, why)
+        self.result.modules[name] = ModulePlan(name, style, cuts, why, tuple(once))
         return True
 
     def _plan_vocabulary(self) -> None:
@@ -339,6 +376,10 @@ class _Planner:
                 kind = "not found" if module is None else module.type_name
                 raise PlanError(
                     f"{name}: the vocabulary can be cut in an nn.Embedding and an nn.Linear only; it is {kind}"
+                )
+            if set(module.shapes) - {"weight", "bias"}:
+                raise PlanError(
+                    f"{name} ({module.type_name}) owns {sorted(module.shapes)}; only an embedding or head of a weight (and bias) can be cut"
                 )
             cut = self._cut(None, name, 0, module.shapes["weight"][0], (Role.EVEN,))
             cuts = {parameter: cut for parameter in module.shapes}
@@ -367,11 +408,11 @@ class _Planner:
             else:
                 self.result.outside.append(name)
 
-    def _fits(self, roles: tuple[Role, ...], shape: tuple[int, ...]) -> bool:
+    def _fits(self, roles: tuple[Role, ...], size: int) -> bool:
         """False if a linear of a usual name has not the model's heads, so that the name means something else here."""
         n, kv = self._counts
         count = {Role.QUERY: n, Role.KV: kv}.get(roles[0], 1)
-        return count > 0 and any(size % count == 0 for size in shape)
+        return count > 0 and size % count == 0
 
     def _is_norm(self, name: str) -> bool:
         module = self.facts.modules[name]
@@ -436,7 +477,7 @@ class _Planner:
         evens = sum(role in (Role.EVEN, Role.PAIRS) for role in roles)
         left = size - sum(sizes.get(role, 0) for role in roles)
         if left < 0 or (left and not evens) or (evens and left % evens):
-            raise PlanError(
+            raise _Uncuttable(
                 f"{name}: dimension {dim} of size {size} is not made of {[r.value for r in roles]} with "
                 f"num_attention_heads={n}, num_key_value_heads={kv}, head_dim={d}"
             )

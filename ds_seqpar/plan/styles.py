@@ -26,6 +26,7 @@ class Style(str, Enum):
     SUMMED = "all_reduce"  # a module whose output is a partial sum
     CUT_NORM = "norm_over_cut_dim"  # ours: an RMS norm over all heads, cut with them
     WHOLE = "whole"  # ours: every rank repeats the block on all tokens
+    ONCE = "added_once"  # ours: a bias of experts, added by the first rank alone
     TOKENWISE = "tokenwise"  # ours: runs on this rank's tokens
     ROUTER = "router"  # ours: chooses experts, alike on every rank
 
@@ -34,6 +35,8 @@ class BlockKind(str, Enum):
     """How a block is entered and left."""
 
     GROUPED = "grouped"  # column-parallel linears share one gather, row-parallel ones reduce-scatter their output
+    ENTRY = "entry"  # column-parallel linears alone; a neighbour block is the exit
+    EXIT = "exit"  # row-parallel linears alone, and what follows them
     SUMMED = "summed"  # one gather, and one reduce-scatter of what the block returns: mixtures of experts
     EXPERTS = "experts"  # the block is the experts module itself: tokens, choices and weights are gathered
     WHOLE = "whole"

@@ -315,6 +315,9 @@ def test_a_family_file_is_data() -> None:
                 "LAYER_PARAMETERS",
                 "TOKEN_INPUTS",
                 "LIKE",
+                "HEAD_INPUTS",
+                "BLOCKS",
+                "BASE",
                 "REFUSED",
             )
 
