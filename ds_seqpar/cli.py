@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .errors import SeqParError
+from .families import RESULTS
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "table"]
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], int]
@@ -42,8 +43,31 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def table() -> str:
+    """Every measured model type as a Markdown table: type, where its plan is from, status, styles, what it was tested at."""
+    lines = ["| type | plan | status | styles | tested at |", "|---|---|---|---|---|"]
+    for name, result in sorted(RESULTS.items()):
+        status = result["status"] + (f": {result['why']}" if result.get("why") else "")
+        if result.get("whole"):
+            status += f"; whole: {', '.join(result['whole'])}"
+        cells = (name, result["plan"], status, ", ".join(result["styles"]), result["at"])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _families(options: argparse.Namespace) -> int:
+    """Prints the table of model types: exact or refused, by which styles, tested at which sizes."""
+    print(table())
+    return 0
+
+
 COMMANDS: dict[str, tuple[AddArguments, Run]] = {
     "export": (_export_arguments, _export),
+    "families": (_no_arguments, _families),
 }
 
 

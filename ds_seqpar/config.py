@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -41,6 +41,7 @@ class SeqParConfig:
     overlap: Overlap = Overlap.AUTO
     verify: bool = False
     replica_check_interval: int = 0
+    plan: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, section: object) -> SeqParConfig:
@@ -62,6 +63,8 @@ class SeqParConfig:
             )
         for name, least in (("tp_size", 1), ("loss_chunk_tokens", 1), ("replica_check_interval", 0)):
             _check(values, name, int, f"an integer >= {least}", least)
+        if "plan" in values:
+            values["plan"] = _plan(values["plan"])
         for name, enum in (("recompute", Recompute), ("overlap", Overlap)):
             if name in values:
                 values[name] = _choice(name, values[name], enum)
@@ -75,6 +78,14 @@ class SeqParConfig:
                 "remove the field or set it to 0"
             )
         return cls(**values)
+
+
+def _plan(plan: object) -> dict[str, str]:
+    if isinstance(plan, Mapping) and plan and all(isinstance(x, str) and x for pair in plan.items() for x in pair):
+        return dict(plan)
+    raise ConfigError(
+        f'"{KEY}.plan" must map patterns to styles, such as {{"model.layers.*.attn.qkv": "packed_colwise:q,kv,kv"}}, not {plan!r}'
+    )
 
 
 def _check(values: dict[str, Any], name: str, kind: type, wanted: str, least: int | None = None) -> None:

@@ -22,8 +22,10 @@ from transformers.core_model_loading import (
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.pytorch_utils import Conv1D
 
 from .errors import CheckpointError, PlanError
+from .families import family
 from .plan.facts import ModelFacts, ModuleFacts
 from .plan.wrappers import adapter_layer, inner_model_path, is_foreign
 
@@ -31,6 +33,9 @@ __all__ = [
     "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "empty_model",
     "enable_full_recompute", "loading_parts", "names_in_file", "require_model", "split_into_files", "uses_sdpa", "write_config",
 ]  # fmt: skip
+
+LINEARS = ("FalconLinear",)
+"""Subclasses of nn.Linear that compute what it does."""
 
 
 def require_model(model: object) -> PreTrainedModel:
@@ -53,6 +58,12 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     config = model.config
     model_type = str(config.model_type)
     base = model.base_model
+    if base is model:  # some models name no base, but have one with the same config
+        parts = (m for m in model.children() if isinstance(m, PreTrainedModel) and m.config is config)
+        base = next(parts, model)
+    data = family(model_type)
+    if data.base:
+        base = model.get_submodule(data.base)
     base_name = next((name for name, module in model.named_modules() if module is base), "")
     if getattr(config, "is_encoder_decoder", False):
         raise PlanError(f"model type {model_type!r} is an encoder-decoder; only decoder models can be sharded")
@@ -73,8 +84,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     names = {id(module): name for name, module in model.named_modules()}
     if plan and (embedding is None or id(embedding) not in names):
         raise PlanError(f"model type {model_type!r} has no input embedding that can be found")
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    heads = int(_common(config, "num_attention_heads") or 0)
+    head_dim = _common(config, "head_dim") or (config.hidden_size // heads if heads else 0)
+    kv_heads = int(_common(config, "num_key_value_heads") or _common(config, "num_kv_heads") or heads)
     return ModelFacts(
         model_type=model_type,
         base=base_name,
@@ -83,10 +95,33 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         embedding=names.get(id(embedding), ""),
         head=names[id(head)] if head is not None else None,
         num_heads=heads,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        num_kv_heads=kv_heads,
         head_dim=int(head_dim),
         hidden_size=int(config.hidden_size),
+        block_heads=_block_heads(model, heads, kv_heads),
     )
+
+
+def _common(config: Any, name: str) -> Any:
+    """A value of the config; None if it has none, or if its layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
+def _block_heads(model: nn.Module, num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, int]]:
+    """(query heads, kv heads) of the attention modules whose sizes say something else than the config."""
+    found = {}
+    for name, module in model.named_modules():
+        head_dim, key = getattr(module, "head_dim", None), getattr(module, "k_proj", None)
+        groups = getattr(module, "num_key_value_groups", None)
+        if not (isinstance(head_dim, int) and isinstance(key, nn.Linear) and isinstance(groups, int)):
+            continue
+        kv = key.out_features // head_dim
+        if (kv * groups, kv) != (num_heads, num_kv_heads):
+            found[name] = (kv * groups, kv)
+    return found
 
 
 def _modules(model: nn.Module) -> dict[str, ModuleFacts]:
@@ -104,11 +139,13 @@ def _modules(model: nn.Module) -> dict[str, ModuleFacts]:
         shapes = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
         if shapes:
             role = "other"
-            if type(module) is nn.Linear:
+            transposed = type(module) is Conv1D
+            if type(module) is nn.Linear or type(module).__name__ in LINEARS or transposed:
                 role = "linear"
             elif isinstance(module, nn.Embedding):
                 role = "embedding"
-            facts[name] = ModuleFacts(role, type(module).__name__, shapes)
+            interleaved = getattr(module, "is_concatenated", True) is False
+            facts[name] = ModuleFacts(role, type(module).__name__, shapes, transposed, interleaved)
     return facts
 
 

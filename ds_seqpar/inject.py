@@ -23,6 +23,19 @@ from .families import TESTED, family
 from .groups import ParallelGroups
 from .kernels.gating import known_activation
 from .layers.adapters import AdapterDown, TakesHandles
+from .layers.blocks import (
+    ExpertsBlock,
+    FirstRankOnly,
+    HeadInputs,
+    InnerModule,
+    PartialSumLinear,
+    ReplicatedModule,
+    Router,
+    SummedBlock,
+    WholeBlock,
+    added_once,
+    draws_random_numbers,
+)
 from .layers.boundaries import (
     HidesHandles,
     ShardedBlock,
@@ -32,6 +45,7 @@ from .layers.boundaries import (
     TokenwiseModule,
     become,
 )
+from .layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from .layers.embedding import VocabParallelEmbedding
 from .layers.gating import DeferredActivation
 from .layers.guard import InputGuard
@@ -45,11 +59,15 @@ from .layers.tokenwise import is_tokenwise
 from .plan.cuts import Cut, Kind
 from .plan.facts import ModelFacts
 from .plan.report import Entry, ParameterEntry, Report
-from .plan.resolve import BlockPlan, ModelPlan, resolve
-from .plan.styles import Style
+from .plan.resolve import BlockPlan, ModelPlan, matches, resolve
+from .plan.styles import BlockKind, Style
 from .plan.wrappers import AdapterLayer, adapter_layer, inner_model_path
 
 __all__ = ["PartlyLoaded", "inject", "planned_cuts", "report_of", "see_through"]
+
+QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
+KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+"""Attributes of an attention module from which its own code takes the number of heads it views its projections as."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ def inject(
         PlanError: the model cannot be sharded exactly; nothing of it was touched.
     """
     _refuse_unfit(model)
-    plan = resolve(facts, family(facts.model_type), groups.tp_size)
+    plan = resolve(facts, family(facts.model_type), groups.tp_size, config.plan)
     _check_modules(model, facts, plan)
     if already_cut:
         _require_parts(model, planned_cuts(facts, groups.tp_size), groups.tp_rank)
@@ -182,14 +200,39 @@ def _checksum(parameter: Tensor) -> int:
 
 
 def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
-    """What needs the modules themselves to be checked, and must be before any is touched."""
+    """What needs the modules themselves to be checked, and must be before any is touched. Decides the undecided blocks."""
+    proven = set(plan.asserted)
+    for block in plan.blocks.values():
+        if block.kind is BlockKind.UNDECIDED:
+            module = model.get_submodule(block.name)
+            if _may_run_on_shards(module, facts.hidden_size):
+                names = [n for n in facts.modules if n == block.name or n.startswith(f"{block.name}.")]
+                plan.tokenwise.extend(names)
+                proven.update(names)
+            else:
+                block.kind = BlockKind.WHOLE
+                plan.remarks.append(
+                    f"{block.name} ({type(module).__name__}) is repeated whole by every rank: no plan says how to cut it"
+                )
+    plan.blocks = {name: block for name, block in plan.blocks.items() if block.kind is not BlockKind.UNDECIDED}
     for name in plan.tokenwise:
-        if not is_tokenwise(_at(model, name), facts.hidden_size):
+        module = _at(model, name)
+        if (
+            name not in proven
+            and name not in plan.layers
+            and not is_tokenwise(module, _width(module, facts.hidden_size))
+        ):
             raise PlanError(
                 f"{name} ({facts.modules[name].type_name}) owns parameters and mixes tokens, or takes more than hidden states, so "
                 f"it cannot run on a shard of the tokens; {facts.model_type} needs a data file that says what becomes of it"
             )
     _check_adapters(model, facts, plan)
+    for name, planned in list(plan.modules.items()):
+        if planned.style is Style.CUT_NORM and rms_norm_epsilon(model.get_submodule(name)) is None:
+            around = next(b for b in plan.blocks if _holds(b, name))
+            why = f"{name} ({facts.modules[name].type_name}) is a norm over all heads but no plain RMS norm"
+            plan.repeat_whole(around, [m for m in facts.modules if _holds(around, m)], why)
+            plan.remarks.append(f"{around} is repeated whole by every rank: {why}")
     embedding = _at(model, facts.embedding)
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(embedding, option):
@@ -198,7 +241,7 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
             )
     for pattern, attributes in family(facts.model_type).attributes.items():
         for name in plan.blocks:
-            if _same_place(facts.full_name(pattern), name):
+            if matches(facts.full_name(pattern), name):
                 for path in attributes:
                     _owner(model.get_submodule(name), path)  # raises if it was renamed
 
@@ -226,9 +269,18 @@ def _check_adapters(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> Non
             raise PlanError(f"{name} ({place}) carries an adapter; leave it out of the adapter's target_modules")
 
 
-def _same_place(pattern: str, name: str) -> bool:
-    ours, theirs = pattern.split("."), name.split(".")
-    return len(ours) == len(theirs) and all(a in ("*", b) for a, b in zip(ours, theirs, strict=True))
+def _width(module: nn.Module, hidden_size: int) -> int:
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 1 else hidden_size
+
+
+def _may_run_on_shards(module: nn.Module, hidden_size: int) -> bool:
+    """Token-wise by measurement, and holding nothing that routes: recorded router logits must be of all tokens."""
+    if any(p.dim() > 2 for p in module.parameters()):
+        return False
+    return is_tokenwise(module, _width(module, hidden_size))
 
 
 def _owner(block: nn.Module, path: str) -> tuple[Any, str]:
@@ -281,8 +333,14 @@ class _Injection:
             self._module(name, _at(self.model, name))
         for block in self.plan.blocks.values():
             self._block(block)
+        for name in self.plan.routers:
+            self._boundary(self.model.get_submodule(name), Router)
+        self.remarks += self.plan.remarks
+        token_inputs = family(self.facts.model_type).token_inputs
         for name in self.plan.layers:
-            self._boundary(self.model.get_submodule(name), ShardedLayer)
+            layer = self.model.get_submodule(name)
+            layer.token_inputs = token_inputs  # type: ignore[assignment]
+            self._boundary(layer, ShardedLayer)
         self._fuse_norms()
         base = self.model.get_submodule(self.facts.base)
         base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
@@ -325,10 +383,11 @@ class _Injection:
     def _module(self, name: str, module: nn.Module) -> None:
         was = self.facts.modules[name].type_name
         planned = self.plan.modules.get(name)
-        if planned is None:
+        if planned is None or planned.style is Style.WHOLE:
             self._unplanned(name, module, was)
             return
         parameters = {}
+        self._summed = any(_holds(b.name, name) and b.kind is BlockKind.SUMMED for b in self.plan.blocks.values())
         for key, parameter in module.named_parameters(recurse=False):
             parameters[key] = self._parameter(parameter, planned.cuts.get(key), planned.style)
         module.seqpar = self.state  # type: ignore[assignment]
@@ -366,29 +425,36 @@ class _Injection:
                 self.entries.append(entry)
 
     def _unplanned(self, name: str, module: nn.Module, was: str) -> None:
-        partial = name in self.plan.tokenwise and self.state.sequence_parallel
+        whole = next((b for b in self.plan.blocks.values() if _holds(b.name, name) and b.kind is BlockKind.WHOLE), None)
+        tokenwise = name in self.plan.tokenwise
+        if tokenwise:
+            why = "acts on each token alone"
+        elif whole is not None:
+            why = f"{whole.name} is repeated whole by every rank"
+        elif name in self.plan.between:
+            width = _width(module, self.facts.hidden_size)
+            tokenwise = name not in self.plan.modules and is_tokenwise(module, width)
+            why = "acts on each token alone" if tokenwise else "between the layers; every rank repeats it on all tokens"
+            self._boundary(module, TokenwiseModule if tokenwise else ReplicatedModule)
+        else:
+            why = "outside the base model; left alone, it sees whole activations"
+            self.remarks.append(
+                f"{name or 'the model itself'} ({was}) was left alone: it stands outside the base model and sees whole activations"
+            )
+        partial = tokenwise and self.state.sequence_parallel
         parameters = {}
         for key, parameter in module.named_parameters(recurse=False):
             if partial:
                 self.state.partial.add(parameter)
             shape = tuple(parameter.shape)
             parameters[key] = ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
-        if name in self.plan.tokenwise:
-            why = "acts on each token alone"
-            if not any(name.startswith(f"{layer}.") for layer in self.plan.layers):
-                self._boundary(module, TokenwiseModule)
-        else:
-            why = "outside the base model; left alone, it sees whole activations"
-            self.remarks.append(
-                f"{name} ({was}) was left alone: it stands outside the base model and sees whole activations"
-            )
         self.entries.append(Entry(name, was, was, parameters, why))
 
     def _parameter(self, parameter: nn.Parameter, cut: Cut | None, style: Style) -> ParameterEntry:
         state, rank = self.state, self.state.groups.tp_rank
         if cut is None:
             shape = tuple(parameter.shape)
-            partial = style is Style.PARTIAL or state.sequence_parallel
+            partial = style is not Style.ROUTER and (style is not Style.ROW or self._summed or state.sequence_parallel)
             if partial:
                 state.partial.add(parameter)
             return ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
@@ -404,13 +470,21 @@ class _Injection:
 
     def _swap(self, name: str, module: nn.Module, style: Style, cuts: Any) -> str:
         rank = self.state.groups.tp_rank
-        if style is Style.PARTIAL:
+        if style in (Style.PARTIAL, Style.LATENT):
+            become(module, InnerModule)
+            return type(module).__name__
+        if style is Style.ROUTER:
+            return type(module).__name__
+        if style in (Style.EXPERTS, Style.LOCAL):
+            for key in self.plan.modules[name].once:
+                become(module, added_once(key))
+            for child in module.children():
+                if isinstance(child, nn.Identity):  # an expert that returns its input
+                    self._boundary(child, FirstRankOnly)
             return type(module).__name__
         cut: Cut = cuts["weight"]
         if style is Style.CUT_NORM:
-            norm_eps = family(self.facts.model_type).norm_eps
-            attribute = next(v for k, v in norm_eps.items() if _same_place(self.facts.full_name(k), name))
-            module.norm_width, module.norm_eps = cut.size, getattr(module, attribute)  # type: ignore[assignment]
+            module.norm_width, module.norm_eps = cut.size, rms_norm_epsilon(module)  # type: ignore[assignment]
             module.norm_copies = cut.ranges.count(cut.ranges[rank])  # type: ignore[assignment]
             become(module, CutRMSNorm)
             return CutRMSNorm.__name__
@@ -418,41 +492,68 @@ class _Injection:
             module.vocab_start = cut.ranges[rank][0][0]  # type: ignore[assignment]
             become(module, VocabParallelEmbedding, before=False)
             return VocabParallelEmbedding.__name__
-        module.out_features, module.in_features = module.weight.shape  # type: ignore[assignment, misc]
+        transposed = self.facts.modules[name].transposed
+        shape = module.weight.shape[::-1] if transposed else module.weight.shape  # type: ignore[index]
+        module.out_features, module.in_features = shape  # type: ignore[assignment, misc]
         if style is Style.HEAD:
             module.vocab_size, module.vocab_start = cut.size, cut.ranges[rank][0][0]  # type: ignore[assignment]
             module.vocab_widths = tuple(cut.local_size(r) for r in range(self.state.groups.tp_size))  # type: ignore[assignment]
-        module.__class__ = {Style.HEAD: VocabParallelHead, Style.ROW: RowParallelLinear}.get(
-            style, ColumnParallelLinear
-        )
+        row = PartialSumLinear if self._summed else RowParallelConv1D if transposed else RowParallelLinear
+        column = ColumnParallelConv1D if transposed else ColumnParallelLinear
+        module.__class__ = {Style.HEAD: VocabParallelHead, Style.ROW: row}.get(style, column)
         return type(module).__name__
 
     def _block(self, block: BlockPlan) -> None:
         module = self.model.get_submodule(block.name)
+        module.input_name = _first_argument(module)  # type: ignore[assignment]
+        module.recomputable = block.kind is BlockKind.GROUPED and not block.has_heads  # type: ignore[assignment]
+        module.has_heads = block.has_heads  # type: ignore[assignment]
+        self._local_counts(block, module)
+        self._head_inputs(block, module)
+        if block.has_heads:
+            self.fused["rotary embeddings"] += fuse_rotary(type(module).__module__)
+        if block.kind is BlockKind.EXIT:
+            return
+        if block.kind not in (BlockKind.GROUPED, BlockKind.ENTRY):
+            module.draws = draws_random_numbers(module)  # type: ignore[assignment]
+            kinds = {BlockKind.SUMMED: SummedBlock, BlockKind.EXPERTS: ExpertsBlock, BlockKind.WHOLE: WholeBlock}
+            self._boundary(module, kinds[block.kind])
+            return
         columns = [_at(self.model, name) for name in block.columns]
         siblings = tuple(c for c in columns if c.in_features == self.facts.hidden_size)
         for column in columns:
             column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]
             column.outputs_live_together = not block.has_heads  # type: ignore[assignment]
-        module.input_name = _first_argument(module)  # type: ignore[assignment]
-        module.recomputable = not block.has_heads  # type: ignore[assignment]
-        self._local_counts(block, module)
-        if block.has_heads:
-            self.fused["rotary embeddings"] += fuse_rotary(type(module).__module__)
-        else:
+        if not block.has_heads:
             self._defer_activation(module)
         self._boundary(module, ShardedBlock)
 
+    def _head_inputs(self, block: BlockPlan, module: nn.Module) -> None:
+        if block.heads is None:
+            return
+        for pattern, inputs in family(self.facts.model_type).head_inputs.items():
+            if matches(self.facts.full_name(pattern), block.name):
+                module.head_inputs = dict(inputs)  # type: ignore[assignment]
+                module.heads = (self.facts.heads_of(block.name)[0], block.heads.queries[self.state.groups.tp_rank])  # type: ignore[assignment]
+                become(module, HeadInputs)
+
     def _local_counts(self, block: BlockPlan, module: nn.Module) -> None:
-        heads, rank = self.plan.heads, self.state.groups.tp_rank
+        heads, rank = block.heads, self.state.groups.tp_rank
         if heads is None or not block.has_heads:
             return
         counts = {"num_local_heads": heads.num_local_heads(rank), "num_local_kv_heads": heads.num_local_kv_heads(rank)}
+        counts["local_width"] = counts["num_local_heads"] * self.facts.head_dim
+        n, kv = self.facts.heads_of(block.name)
+        for part in module.modules():
+            for names, whole, local in ((QUERY_COUNTS, n, "num_local_heads"), (KV_COUNTS, kv, "num_local_kv_heads")):
+                for name in names:
+                    if vars(part).get(name) == whole:
+                        setattr(part, name, counts[local])
         if hasattr(module, "num_key_value_groups"):
             module.num_key_value_groups = counts["num_local_heads"] // counts["num_local_kv_heads"]  # type: ignore[assignment]
         through_config = {}
         for pattern, attributes in family(self.facts.model_type).attributes.items():
-            if _same_place(self.facts.full_name(pattern), block.name):
+            if matches(self.facts.full_name(pattern), block.name):
                 for path, count in attributes.items():
                     if path.startswith("config."):
                         through_config[path.removeprefix("config.")] = counts[count]
@@ -467,6 +568,10 @@ def _known_activation(module: nn.Module) -> str | None:
         return known_activation(module)
     except (RuntimeError, TypeError, ValueError):
         return None
+
+
+def _holds(block: str, name: str) -> bool:
+    return name == block or name.startswith(f"{block}.")
 
 
 def _first_argument(module: nn.Module) -> str:

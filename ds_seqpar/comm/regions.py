@@ -11,6 +11,7 @@ Each forward is linear; each backward is its adjoint for the state (split, repli
     reduce_scatter_partial  [T, h] -> [c, h] reduce_scatter  split      -> all_gather
     copy_for_partial        x -> x                           partial    -> all_reduce
     reduce_partial          x -> all_reduce                  replicated -> dy, no communication
+    share_of_replicated     x -> x                           replicated -> dy / t, for an x whose gradient is summed
     gather_columns          [n, V_r] -> [n, V]               replicated -> own columns, no communication
 
 Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.
@@ -38,6 +39,7 @@ __all__ = [
     "reduce_partial",
     "reduce_scatter_partial",
     "scatter",
+    "share_of_replicated",
 ]
 
 
@@ -115,6 +117,18 @@ class _ReducePartial(Function):
         return dy, None
 
 
+class _ShareOfReplicated(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy / dist.get_world_size(ctx.group), None
+
+
 class _GatherColumns(Function):
     @staticmethod
     def forward(ctx: Any, mine: Tensor, widths: tuple[int, ...], group: ProcessGroup) -> Tensor:
@@ -161,6 +175,11 @@ def copy_for_partial(x: Tensor, group: ProcessGroup) -> Tensor:
 def reduce_partial(partial: Tensor, group: ProcessGroup) -> Tensor:
     """Partial sums -> their sum on every rank (plain tensor parallelism's g)."""
     return _ReducePartial.apply(partial, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def share_of_replicated(x: Tensor, group: ProcessGroup) -> Tensor:
+    """x equal on every rank, entering work that every rank repeats alike, where the gradients of x are summed later."""
+    return _ShareOfReplicated.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gather_columns(mine: Tensor, widths: tuple[int, ...], group: ProcessGroup) -> Tensor:

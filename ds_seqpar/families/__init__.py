@@ -4,24 +4,34 @@ A file may hold these names, all optional; patterns are relative to the base mod
 
     STYLES      pattern -> style, over what the model's tp_plan says
     ROLES       pattern -> the sections of the cut dimension ("q", "kv", "qkv", "even")
-    ATTRIBUTES  block pattern -> {attribute: "num_local_heads" | "num_local_kv_heads"}; "config.x" is read through a view
+    ATTRIBUTES  block pattern -> {attribute: "num_local_heads" | "num_local_kv_heads" | "local_width"}; "config.x" is read through a view
                 of the config that only this block sees
-    NORM_EPS    pattern -> the attribute that holds the epsilon of a norm over all heads
+    LAYER_PARAMETERS  names of parameters that layers own themselves and use token by token
+    TOKEN_INPUTS      names of arguments of a layer's forward, beside the hidden states, that hold something for each token
+    HEAD_INPUTS       block pattern -> {argument of its forward: "heads" | "batch x heads"}, what its first dimension holds
+    BLOCKS      patterns of the modules that are blocks, where a layer's direct child is too much
+    BASE        name of the module that is called with the inputs, where it is not transformers' base model
+    LIKE        another model type whose file this one starts from
+    REFUSED     why the type cannot be sharded exactly
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-__all__ = ["TESTED", "Family", "family"]
+__all__ = ["RESULTS", "TESTED", "Family", "family"]
 
-TESTED = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "gpt_neox",
-)  # fmt: skip
-"""Model types whose every gradient is compared with the unsharded model's by the tests."""
+RESULTS: Mapping[str, Mapping[str, Any]] = json.loads((Path(__file__).parent / "results.json").read_text())
+"""Model type -> what `python tests/parity.py` measured of it: status, styles, the largest relative error of a gradient."""
+
+TESTED = tuple(name for name, result in RESULTS.items() if result["status"] == "exact")
+"""Model types whose every gradient equals the unsharded model's in the tests."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,12 @@ class Family:
     styles: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    norm_eps: Mapping[str, str] = field(default_factory=dict)
+    layer_parameters: tuple[str, ...] = ()
+    token_inputs: tuple[str, ...] = ()
+    head_inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    base: str = ""
+    refused: str = ""
 
 
 def family(model_type: str) -> Family:
@@ -40,4 +55,15 @@ def family(model_type: str) -> Family:
     if not model_type.isidentifier() or find_spec(name) is None:
         return Family()
     data = vars(import_module(name))
-    return Family(data.get("STYLES", {}), data.get("ROLES", {}), data.get("ATTRIBUTES", {}), data.get("NORM_EPS", {}))
+    base = family(data["LIKE"]) if "LIKE" in data else Family()
+    return Family(
+        {**base.styles, **data.get("STYLES", {})},
+        {**base.roles, **data.get("ROLES", {})},
+        {**base.attributes, **data.get("ATTRIBUTES", {})},
+        data.get("LAYER_PARAMETERS", base.layer_parameters),
+        data.get("TOKEN_INPUTS", base.token_inputs),
+        {**base.head_inputs, **data.get("HEAD_INPUTS", {})},
+        data.get("BLOCKS", base.blocks),
+        data.get("BASE", base.base),
+        data.get("REFUSED", base.refused),
+    )

@@ -110,6 +110,7 @@ class ShardedBlock:
     seqpar: ShardingState
     input_name: str
     recomputable: bool
+    has_heads: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The input goes positionally, where ZeRO-3's hooks look for it."""
@@ -140,7 +141,7 @@ class ShardedBlock:
         outer, state.in_block, state.block_forked = state.in_block, True, drops_heads
         try:
             fork = state.random.fork(seed_of_state(), per_rank=True) if drops_heads else nullcontext()
-            attention = nullcontext() if self.recomputable else fastest_attention(local.device, region.seq)
+            attention = fastest_attention(local.device, region.seq) if self.has_heads else nullcontext()
             with fork, attention, within_sharded_block():
                 output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -157,9 +158,13 @@ class ShardedBlock:
 
 
 class ShardedLayer:
-    """A decoder layer: between its blocks it runs on this rank's tokens; its input and output are TokenShards."""
+    """A decoder layer: between its blocks it runs on this rank's tokens; its input and output are TokenShards.
+
+    `token_inputs` names further arguments of its forward that hold something for each token, [b, s, ...].
+    """
 
     seqpar: ShardingState
+    token_inputs: tuple[str, ...] = ()
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """TokenShard or full [b, s, h] -> TokenShard (or, where tokens are not cut, [b, s, h])."""
@@ -170,10 +175,20 @@ class ShardedLayer:
             local = hidden_states.local()
         else:
             local = region.local_of_replicated(hidden_states)
+        names = list(inspect.signature(super().forward).parameters)[1:]  # type: ignore[misc]
+        args = tuple(self._local(name, x, region) for name, x in zip(names, args, strict=False))
+        kwargs = {name: self._local(name, x, region) for name, x in kwargs.items()}
         output = super().__call__(local, *args, _region=region, **kwargs)  # type: ignore[misc]
         if isinstance(output, tuple):
             return (self._wrapped(output[0], region), *output[1:])
         return self._wrapped(output, region)
+
+    def _local(self, name: str, x: Any, region: TokenRegion) -> Any:
+        if isinstance(x, TokenShard):
+            return x.local()
+        if name in self.token_inputs and isinstance(x, Tensor):
+            return region.local_of_replicated(x)
+        return x
 
     def _wrapped(self, local: Tensor, region: TokenRegion) -> Tensor:
         return TokenShard(local, region, self.seqpar) if region.cut else local

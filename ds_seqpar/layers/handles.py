@@ -79,6 +79,7 @@ class Handle(torch.Tensor):
     state: ShardingState
     _full: Tensor | None
     _hooks: list[tuple[Callable[..., Any], Any]]
+    _expected: bool = False  # becoming whole is the plan, nothing to report
     _grad_mode: bool  # of the forward that made it, whatever mode its reader is in
     _elementwise: set[str] = _ELEMENTWISE
     _allows_in_place = True
@@ -134,6 +135,8 @@ class Handle(torch.Tensor):
         return self._full
 
     def _count(self, name: str) -> None:
+        if self._expected:
+            return
         if self._grad_mode and not self.state.materialised[name] and self.state.groups.tp_rank == 0:
             _log.warning(
                 "%s was gathered whole for %s while training: right, but slower than staying sharded", *name.split(".")
@@ -245,8 +248,8 @@ class TokenShard(Handle):
     _elementwise = _ELEMENTWISE_ON_TOKENS
 
     def __new__(cls, source: Tensor, region: TokenRegion, state: ShardingState) -> TokenShard:
-        """`source` [1, c, h], any floating dtype."""
-        shape = (region.batch, region.seq, source.shape[-1])
+        """`source` [1, c, h], any floating dtype; layers that carry several streams have [1, c, streams, h]."""
+        shape = (region.batch, region.seq, *source.shape[2:])
         return cls._make(shape, source, region, state, source.dtype)  # type: ignore[no-any-return]
 
     def over(self, source: Tensor) -> Tensor:
@@ -282,12 +285,19 @@ class GatheredInput(Handle):
     _remake: Remake | None
 
     def __new__(
-        cls, source: Tensor, region: TokenRegion, state: ShardingState, remake: Remake | None = None
+        cls,
+        source: Tensor,
+        region: TokenRegion,
+        state: ShardingState,
+        remake: Remake | None = None,
+        *,
+        meant_whole: bool = False,
     ) -> GatheredInput:
-        """`source` in `region.local_shape`; `remake` computes it again in backward."""
+        """`source` in `region.local_shape`; `remake` computes it again in backward; `meant_whole` if gathering it is the plan
+        and nothing to report."""
         shape = (region.batch, region.seq, source.shape[-1])
         handle = cls._make(shape, source, region, state, source.dtype)
-        handle._outputs, handle._remake, handle._alone = {}, remake, False
+        handle._outputs, handle._remake, handle._alone, handle._expected = {}, remake, False, meant_whole
         return handle  # type: ignore[no-any-return]
 
     def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -318,7 +328,7 @@ class GatheredInput(Handle):
         if id(linear) not in self._outputs:
             siblings = () if self._alone else linear.siblings
             members = [linear, *(m for m in siblings if m is not linear and id(m) not in self._outputs)]
-            outputs = column_parallel(source, self.region, members, self._remake)
+            outputs = column_parallel(source, self.region, [m.as_linear() for m in members], self._remake)
             self._outputs.update({id(m): out for m, out in zip(members, outputs, strict=True)})
         return self._outputs.pop(id(linear))
 

@@ -236,6 +236,10 @@ class ColumnParallelLinear(nn.Linear):
     siblings: tuple[ColumnParallelLinear, ...] = ()
     outputs_live_together: bool = False  # its siblings' outputs are kept for backward as long as its own
 
+    def as_linear(self) -> Any:
+        """What the grouped computation takes the weight [out_r, in] and the bias from."""
+        return self
+
     def __call__(self, input: Tensor) -> Tensor:
         """[b, s, in] or its handle -> [b, s, out_r].
 
@@ -252,7 +256,7 @@ class ColumnParallelLinear(nn.Linear):
             return input.column(self)
         tokens, state = input.numel() // input.shape[-1], self.seqpar
         region = TokenRegion(1, tokens, False, state.groups, summed_later=state.in_block)
-        output = column_parallel(input, region, [self])[0]
+        output = column_parallel(input, region, [self.as_linear()])[0]
         return output.view(*input.shape[:-1], -1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,16 +37,11 @@ def remake_of(x: Tensor) -> Remake | None:
 def rms_norm_epsilon(module: nn.Module) -> float | None:
     """The epsilon with which `module` equals torch's rms_norm with its weight, by measurement; None for any other module."""
     weight = module._parameters.get("weight")
-    if (
-        "RMSNorm" not in type(module).__name__
-        or isinstance(module, CutRMSNorm)
-        or weight is None
-        or weight.dim() != 1
-        or len(module._parameters) != 1
-    ):
+    if isinstance(module, CutRMSNorm) or weight is None or weight.dim() != 1 or len(module._parameters) != 1:
         return None
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(eps, float):
+    named = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    eps = next((value for value in named if isinstance(value, float)), None)
+    if eps is None or len(inspect.signature(module.forward).parameters) != 1:
         return None
     generator = torch.Generator().manual_seed(0)
     own = torch.randn(weight.shape, generator=generator)
@@ -54,7 +50,7 @@ def rms_norm_epsilon(module: nn.Module) -> float | None:
         try:
             with torch.no_grad():
                 y = torch.func.functional_call(module, {"weight": own}, (x,))
-        except (RuntimeError, TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return None
         if not isinstance(y, Tensor) or not torch.allclose(y, rms_norm(x, x.shape[-1:], own, eps), 1e-5, 1e-6):
             return None

@@ -61,6 +61,12 @@ class ParallelRandom:
             dist.broadcast(state, source, group=self._groups.tp_cpu_group)
             torch.cuda.set_rng_state(state)
 
+    def agreed_seed(self) -> int:
+        """A seed made of the first rank's stream, on every rank. Collective; the same in a recompute."""
+        seed = torch.tensor([seed_of_state()], dtype=torch.int64)
+        dist.broadcast(seed, dist.get_global_rank(self._groups.tp_group, 0), group=self._groups.tp_cpu_group)
+        return int(seed)
+
     def leave(self) -> None:
         """Ends the innermost fork early: where a block's output becomes replicated before the block returns."""
         if not self._saved:

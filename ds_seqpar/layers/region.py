@@ -65,18 +65,18 @@ class TokenRegion:
         return (1, self.rows, width) if self.cut else (self.batch, self.seq, width)
 
     def full_for_partial(self, local: Tensor) -> Tensor:
-        """Local [.., h] -> [b, s, h] for work that is cut over the group; backward sums over it."""
+        """Local [1, c, ...] -> [b, s, ...] for work that is cut over the group; backward sums over it."""
         rows = local.reshape(self.rows, -1)
         group = self.groups.tp_group
         full = gather_for_partial(rows, self.tokens, group) if self.cut else copy_for_partial(rows, group)
-        return full.view(self.batch, self.seq, -1)
+        return full.view(self.batch, self.seq, *local.shape[2:])
 
     def full_for_replicated(self, local: Tensor) -> Tensor:
-        """Local [.., h] -> [b, s, h] for work that every rank repeats alike."""
+        """Local [1, c, ...] -> [b, s, ...] for work that every rank repeats alike."""
         if not self.cut:
             return local
         full = gather_for_replicated(local.reshape(self.rows, -1), self.tokens, self.groups.tp_group)
-        return full.view(self.batch, self.seq, -1)
+        return full.view(self.batch, self.seq, *local.shape[2:])
 
     def local_of_partial(self, partial: Tensor) -> Tensor:
         """[T, h] partial sums -> this rank's rows of their sum, in `local_shape`."""
@@ -85,10 +85,11 @@ class TokenRegion:
         return local.view(self.local_shape(partial.shape[-1]))
 
     def local_of_replicated(self, full: Tensor) -> Tensor:
-        """[b, s, h] on every rank -> this rank's rows, in `local_shape`."""
+        """[b, s, ...] on every rank -> this rank's rows, in `local_shape`."""
         if not self.cut:
             return full
-        return scatter(full.reshape(self.tokens, -1), self.groups.tp_group).view(self.local_shape(full.shape[-1]))
+        mine = scatter(full.reshape(self.tokens, -1), self.groups.tp_group)
+        return mine.view(1, self.rows, *full.shape[2:])
 
 
 @dataclass

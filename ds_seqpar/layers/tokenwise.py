@@ -10,7 +10,7 @@ __all__ = ["is_tokenwise"]
 
 @torch.no_grad()
 def is_tokenwise(module: nn.Module, hidden_size: int) -> bool:
-    """True if `module` maps [1, n, h] to [1, n, h'] row by row, for any n and any order of the rows.
+    """True if `module` maps [1, n, h] to [1, n, h'] (or several of them) row by row, for any n and any order of the rows.
 
     Measured on random rows with the module's own weights, in evaluation mode; the module is left as it was.
     """
@@ -21,14 +21,23 @@ def is_tokenwise(module: nn.Module, hidden_size: int) -> bool:
     module.eval()
     try:
         whole = module(rows)
-        singly = torch.cat([module(rows[:, i : i + 1]) for i in (3, 0, 2, 1)], dim=1)
+        each = [_tensors(module(rows[:, i : i + 1])) for i in (3, 0, 2, 1)]
+        singly = tuple(torch.cat(parts, dim=1) for parts in zip(*each, strict=True))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
     finally:
         module.train(was_training)
-    if not isinstance(whole, torch.Tensor) or whole.shape[:2] != (1, 4) or singly.shape != whole.shape:
+    ours, theirs = _tensors(whole), _tensors(singly)
+    return bool(ours) and len(ours) == len(theirs) and all(map(_same_rows, ours, theirs))
+
+
+def _tensors(output: object) -> list[torch.Tensor]:
+    parts = output if isinstance(output, tuple) else (output,)
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def _same_rows(whole: torch.Tensor, singly: torch.Tensor) -> bool:
+    if whole.shape[:2] != (1, 4) or singly.shape != whole.shape:
         return False
-    tolerance = 64 * torch.finfo(whole.dtype).eps
-    return bool(
-        torch.allclose(whole[:, (3, 0, 2, 1)], singly, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
-    )
+    tolerance = 64 * torch.finfo(whole.dtype).eps if whole.is_floating_point() else 0.0
+    return torch.allclose(whole[:, (3, 0, 2, 1)], singly, rtol=tolerance, atol=tolerance * float(whole.abs().max()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["ModelFacts", "ModuleFacts"]
 
@@ -15,6 +15,8 @@ class ModuleFacts:
     role: str
     type_name: str
     shapes: Mapping[str, tuple[int, ...]]
+    transposed: bool = False  # a linear whose weight is [in, out]
+    interleaved: bool = False  # experts that keep gate and up in alternating rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class ModelFacts:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
+    block_heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # where a block's differ from the model's
+
+    def heads_of(self, block: str) -> tuple[int, int]:
+        """(query heads, kv heads) of an attention block."""
+        return self.block_heads.get(block, (self.num_heads, self.num_kv_heads))
 
     def full_name(self, relative: str) -> str:
         """A name relative to the base model, made full."""

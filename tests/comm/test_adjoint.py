@@ -169,8 +169,24 @@ def test_every_edge_obeys_the_adjoint_law(world: int, group_size: int) -> None:
     run_ranks(world, _check_all, group_size, deepspeed=False, timeout=120)
 
 
+def _check_shares() -> None:
+    group = dist.group.WORLD
+    x = torch.randn(5, H, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = regions.share_of_replicated(x, group)
+    dy = torch.randn(5, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(y, x)
+    (share,) = torch.autograd.grad(y, x, dy)
+    dist.all_reduce(share)
+    torch.testing.assert_close(share, dy, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_shares_of_a_replicated_gradient_sum_to_it(world: int) -> None:
+    run_ranks(world, _check_shares, deepspeed=False, timeout=120)
+
+
 def test_every_edge_is_tested() -> None:
-    assert set(EDGES) == set(regions.__all__)
+    assert {*EDGES, "share_of_replicated"} == set(regions.__all__)
 
 
 def _keeps_nothing() -> None:

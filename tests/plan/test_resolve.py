@@ -97,7 +97,7 @@ def _check_plan(plan: ModelPlan, model: ModelFacts, t: int) -> None:
             _check_cut(cut, t, f"{module.name}.{parameter}")
             if not module.name.endswith(("k_proj", "v_proj")):
                 assert not cut.copied, f"{module.name}: only kv heads are copied"
-    placed = [*plan.modules, *plan.tokenwise, *plan.outside]
+    placed = [*plan.modules, *plan.tokenwise, *plan.between, *plan.outside]
     assert sorted(placed) == sorted(model.modules), "every module that owns parameters has exactly one place"
 
 
@@ -115,7 +115,8 @@ def test_cuts_cover_every_index_once(t: int) -> None:
     ] and attention.has_heads
     assert [name.rpartition(".")[2] for name in mlp.columns] == ["gate_proj", "up_proj"] and not mlp.has_heads
     assert mlp.rows == ["model.layers.0.mlp.down_proj"]
-    assert plan.tokenwise == ["model.layers.0.input_layernorm", "model.layers.1.input_layernorm", "model.norm"]
+    assert plan.tokenwise == ["model.layers.0.input_layernorm", "model.layers.1.input_layernorm"]
+    assert plan.between == ["model.norm"]
 
 
 def test_projections_of_one_head_lie_on_one_rank_and_bias_follows_weight() -> None:
@@ -129,10 +130,11 @@ def test_projections_of_one_head_lie_on_one_rank_and_bias_follows_weight() -> No
             1,
         )
         assert set(o.cuts) == {"weight"}, "a row-parallel bias is added whole, once"
-        assert plan.heads is not None
+        heads = plan.blocks[block].heads
+        assert heads is not None
         for rank in range(t):
-            assert [i // 8 for i in _indices(q.cuts["weight"], rank)][::8] == list(range(*plan.heads.queries[rank]))
-            assert [i // 8 for i in _indices(k.cuts["weight"], rank)][::8] == list(range(*plan.heads.kvs[rank]))
+            assert [i // 8 for i in _indices(q.cuts["weight"], rank)][::8] == list(range(*heads.queries[rank]))
+            assert [i // 8 for i in _indices(k.cuts["weight"], rank)][::8] == list(range(*heads.kvs[rank]))
         gate, up, down = (plan.modules[f"model.layers.1.mlp.{name}_proj"] for name in ("gate", "up", "down"))
         assert gate.cuts["weight"].ranges == up.cuts["weight"].ranges == down.cuts["weight"].ranges
 
@@ -172,7 +174,8 @@ def test_sizes_that_contradict_the_head_counts_are_never_cut(data: st.DataObject
     size = data.draw(st.integers(1, 200))
     out, inner = (shape[0], size) if name == "o_proj" else (size, shape[1])
     model = _with(facts(), {f"model.layers.1.self_attn.{name}": _linear(out, inner)})
-    if size == shape[name == "o_proj"]:
+    heads = 3 if name in ("k_proj", "v_proj") else 6  # of any width: latent attention's differ in it
+    if size % heads == 0:
         resolve(model, Family(), 2)
     else:
         with pytest.raises(PlanError, match=rf"layers\.1\.self_attn\.{name}: dimension . of size {size} .*head_dim=8"):
@@ -257,18 +260,13 @@ def test_a_tied_or_missing_head_and_modules_outside_the_base() -> None:
     ("model", "message"),
     [
         (facts(tp_plan={}), r"'by_hand' has no tp_plan"),
-        (facts(tp_plan={**PLAN, "model.layers.*.moe.gate": "colwise"}), r"'model\.layers\.\*\.moe\.gate' .*matches no module"),
         (facts(tp_plan={**PLAN, "model.*.0.self_attn.q_proj": "colwise"}), r"layers\.0\.self_attn\.q_proj is matched by two"),
         (facts(tp_plan={**PLAN, "model.layers.*.mlp.up_proj": "sideways"}), r"mlp\.up_proj: style 'sideways' .*known styles: \['colwise'"),
-        (facts(tp_plan={k: v for k, v in PLAN.items() if "up" not in k}), r"layers\.0\.mlp\.up_proj \(Linear\) owns .*no plan says"),
-        (facts(tp_plan={k: v for k, v in PLAN.items() if "down" not in k}), r"layers\.0\.mlp: a block needs .*and \[\]"),
+        (facts(tp_plan={"model.decoder.*.q": "colwise"}), r"no pattern of the plan matches a module of this by_hand model"),
         (facts(tp_plan={**PLAN, "model.norm": "colwise"}), r"model\.norm: a planned module must stand in a block"),
         (facts(tp_plan={**PLAN, "model.layers.*.mlp.up_proj": "embedding_rowwise"}), r"up_proj: style 'embedding_rowwise' is known for"),
         (_with(facts(), {"model.layers.0.mlp.gate_proj": _norm(48)}), r"gate_proj: style 'colwise' needs an nn\.Linear, not RMSNorm"),
-        (_with(facts(), {"model.layers.0.mlp": _norm(1)}), r"layers\.0\.mlp \(RMSNorm\) owns parameters \['weight'\] in the sharded block"),
         (_with(facts(), {"model.layers.1": _norm(1)}), r"layer model\.layers\.1 itself owns parameters \['weight'\]"),
-        (_with(facts(), {"model": _norm(1)}), r"the model itself owns parameters \['weight'\]"),
-        (_with(facts(), {"model.layers.0.self_attn.q_norm": _norm(8)}), r"self_attn\.q_norm \(RMSNorm\) owns"),
         (_with(facts(), {"lm_head": _norm(101)}), r"lm_head: the vocabulary can be cut in .*it is RMSNorm"),
         (_with(facts(), {"model.embed_tokens": _linear(101, 48)}), r"model\.embed_tokens: the vocabulary .*it is Linear"),
         (_with(facts(), {"lm_head": _linear(1, 48)}), r"lm_head: 1 features cannot be cut over tp_size=2; use at most 1"),
@@ -314,7 +312,13 @@ def test_a_family_file_is_data() -> None:
                 "STYLES",
                 "ROLES",
                 "ATTRIBUTES",
-                "NORM_EPS",
+                "LAYER_PARAMETERS",
+                "TOKEN_INPUTS",
+                "LIKE",
+                "HEAD_INPUTS",
+                "BLOCKS",
+                "BASE",
+                "REFUSED",
             )
 
 

@@ -1,0 +1,3 @@
+"""Higgs Audio."""
+
+REFUSED = "its layers pick audio tokens out of a batch by a mask over whole sequences"

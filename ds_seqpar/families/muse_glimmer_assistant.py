@@ -1,0 +1,3 @@
+"""Muse Glimmer's assistant."""
+
+REFUSED = "it is given noise and the context's hidden states instead of tokens"

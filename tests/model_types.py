@@ -1,0 +1,185 @@
+"""Every planned model type of the installed transformers, made tiny by rules; what the rules cannot say is data in `OWN`."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from models import device
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+CLASSICS = ("bloom", "codegen", "falcon", "gpt2", "gpt_neo", "gpt_oss", "gptj", "mpt", "opt")
+"""Causal language models without a plan in transformers; ours is in their data files."""
+
+__all__ = ["CLASSICS", "NoModelError", "batches_for", "causal", "planned_types", "tiny_config", "tiny_of"]
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=101, hidden_size=48, intermediate_size=50, num_hidden_layers=2, num_layers=2, num_attention_heads=6,
+    num_key_value_heads=3, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    moe_intermediate_size=14, shared_expert_intermediate_size=18, moe_shared_expert_intermediate_size=18, num_experts=4,
+    num_local_experts=4, n_routed_experts=4, moe_num_experts=4, num_experts_per_tok=2, num_experts_per_token=2, moe_k=2,
+    moe_topk=2, top_k_experts=2, n_shared_experts=1, n_group=1, topk_group=1, num_expert_group=1, q_lora_rank=20,
+    kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, qk_head_dim=12, v_head_dim=10, index_head_dim=8, index_n_heads=2,
+    index_topk=64, first_k_dense_replace=1, output_router_logits=True, router_aux_loss_coef=0.1, attention_dropout=0.0,
+    hidden_dropout=0.0, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    attn_pdrop=0.0, sliding_window=5, query_pre_attn_scalar=8, linear_num_value_heads=4, linear_num_key_heads=2,
+    linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=3,
+)  # fmt: skip
+"""Written over a config's own values wherever it has the field and the value there is of the same kind."""
+
+_HYBRID = dict(layer_types=["linear_attention", "full_attention"])
+_HALF = dict(
+    rope_parameters={
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [1, 1, 0],
+        "partial_rotary_factor": 0.5,
+    }
+)
+_MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]})
+_PER_LAYER_INPUT = dict(
+    vocab_size_per_layer_input=101, hidden_size_per_layer_input=6, num_global_key_value_heads=3,
+    layer_types=["sliding_attention", "full_attention"],
+    num_kv_shared_layers=0,
+)  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
+    "ernie4_5_vl_moe_text": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
+    "codegen": dict(num_attention_heads=4, hidden_size=32, rotary_dim=4),
+    "falcon": dict(new_decoder_architecture=True, num_kv_heads=3, parallel_attn=True, alibi=False),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], attention_dropout=0.0, resid_dropout=0.0, embed_dropout=0.0),
+    "gptj": dict(rotary_dim=4),
+    "mpt": dict(d_model=48, n_heads=6, n_layers=2, max_seq_len=64),
+    "opt": dict(word_embed_proj_dim=48, ffn_dim=50, dropout=0.0),
+    "bailing_hybrid": _HYBRID,
+    "cohere_compass_text": dict(
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={k: _MROPE["rope_parameters"] for k in ("sliding_attention", "full_attention")},
+    ),
+    "cosmos3_edge_text": _MROPE,
+    "paddleocr_vl_text": _MROPE,
+    "qwen2_5_omni_text": _MROPE,
+    "phimoe": dict(router_jitter_noise=0.0, input_jitter_noise=0.0),
+    "seed_oss": dict(residual_dropout=0.0),
+    "qwen3_omni_moe_talker_text": dict(shared_expert_intermediate_size=18),
+    "t5gemma2_decoder": dict(dropout_rate=0.0),
+    "t5gemma2_text": dict(dropout_rate=0.0),
+    "deepseek_v4": dict(output_router_logits=False),
+    "dots3_note_text": dict(num_key_value_heads=6),
+    "esmc": dict(num_key_value_heads=6),
+    "flint": dict(output_router_logits=False),
+    "gemma3n_text": _PER_LAYER_INPUT | dict(activation_sparsity_pattern=[0.0, 0.0], laurel_rank=4),
+    "gemma4_text": _PER_LAYER_INPUT | dict(enable_moe_block=True),
+    "glm4v_moe_text": _HALF,
+    "glm4v_text": _HALF,
+    "glm5_next_text": dict(layer_types=["linear_attention", "full_attention"], linear_num_heads=2,
+        linear_head_dim=8, num_key_value_heads=6, qk_rope_head_dim=0),
+    "glm_image_text": _HALF,
+    "glm_ocr_text": _HALF,
+    "granitemoehybrid": dict(layer_types=["linear_attention", "attention"], mamba_n_heads=6, mamba_d_state=8),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4,
+        mamba_dt_rank=3, use_mamba_kernels=False),
+    "kimi_linear": _HYBRID,
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "longcat_flash": dict(head_dim=4, num_layers=2, num_hidden_layers=4, ffn_hidden_size=50, expert_ffn_hidden_size=14,
+        zero_expert_num=2, moe_topk=3),
+    "neomme": dict(head_dim=16),
+    "qwen2_5_vl_text": _MROPE,
+    "qwen2_vl_text": _MROPE,
+    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "qwen4_exp_text": dict(
+        layer_types=["linear_attention", "indexed_attention"], ngram_vocab_size_base=50, indexer_n_heads=2, indexer_kv_heads=1,
+        indexer_head_dim=8, indexer_budget=64, indexer_compress_ratio=1,
+    ),
+}  # fmt: skip
+FLOAT32 = ("inkling2_text",)
+"""Types whose code has a dtype of its own inside."""
+
+
+@cache
+def planned_types() -> tuple[str, ...]:
+    """Model types whose config carries a `base_model_tp_plan`, in alphabetical order."""
+    return tuple(sorted(t for t in CONFIG_MAPPING if getattr(CONFIG_MAPPING[t], "base_model_tp_plan", None)))
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The type's config, two layers deep."""
+    own = OWN.get(model_type, {})
+    plain = CONFIG_MAPPING[model_type]()
+    values = {name: size for name, size in SIZES.items() if _replaceable(plain, name)}
+    if "kv_lora_rank" in values:  # latent attention: no grouped kv heads, and the config derives head_dim
+        values["num_key_value_heads"] = SIZES["num_attention_heads"]
+        values.pop("head_dim", None)
+    values |= own
+    return CONFIG_MAPPING[model_type](**values)
+
+
+def _replaceable(config: PreTrainedConfig, name: str) -> bool:
+    aliases = getattr(config, "attribute_map", {})
+    value = vars(config).get(aliases.get(name, name), "absent")
+    return value != "absent" and not isinstance(value, list | dict | PreTrainedConfig)
+
+
+def causal(config: PreTrainedConfig) -> bool:
+    """True if the type has a causal-LM head in transformers."""
+    return type(config) in AutoModelForCausalLM._model_mapping
+
+
+def _build(config: PreTrainedConfig) -> PreTrainedModel:
+    config._experts_implementation_internal = "eager"  # grouped_mm has no float64
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        if causal(config) or type(config) in AutoModel._model_mapping:
+            cls = AutoModelForCausalLM if causal(config) else AutoModel
+            return cls.from_config(config)
+    except ValueError as problem:
+        if "Could not find" not in str(problem):
+            raise
+    module = import_module(name)  # parts of multimodal models have no entry in the Auto classes
+    classes = [
+        c for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, PreTrainedModel) and getattr(c, "config_class", None) is type(config)
+        and "For" not in c.__name__ and not c.__name__.endswith("PreTrainedModel")
+    ]  # fmt: skip
+    if not classes:
+        raise NoModelError(f"transformers has no model of its own for {type(config).__name__}")
+    return classes[0]._from_config(config)
+
+
+class NoModelError(Exception):
+    """transformers has a config of the type, but no model."""
+
+
+def tiny_of(model_type: str, *, dtype: torch.dtype | None = None, build_only: bool = False) -> PreTrainedModel:
+    """A random model: the causal LM where there is one, else the base model. Equal weights on every call and rank."""
+    config = tiny_config(model_type)
+    if build_only:
+        return _build(config)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in _build(config).parameters())
+    assert size < 4_000_000, f"{model_type} is not tiny: {size} parameters"
+    torch.manual_seed(0)
+    model = _build(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 2 or not bool(torch.isfinite(parameter).all()):
+                parameter.zero_()  # some are left uninitialised
+            parameter.add_(torch.randn(parameter.shape) * (0.1 if parameter.dim() == 1 else 0.05))
+    return model.to(device(), dtype or (torch.float32 if model_type in FLOAT32 else torch.float64))
+
+
+def batches_for(count: int, rows: int, seq: int, *, vocab: int = 101) -> list[dict[str, torch.Tensor]]:
+    """`count` batches without padding, some labels ignored."""
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for _ in range(count):
+        ids = torch.randint(3, vocab, (rows, seq), generator=generator)
+        labels = ids.clone()
+        labels[0, :2] = -100
+        result.append({name: x.to(device()) for name, x in {"input_ids": ids, "labels": labels}.items()})
+    return result

@@ -1,0 +1,155 @@
+"""One step of a planned model type, sharded and not: every parameter's gradient, accumulation 2."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import conftest  # noqa: F401  # sets the environment when this file is run as a script
+import torch
+import torch.distributed as dist
+from exactness import fresh_groups
+from model_types import CLASSICS, NoModelError, batches_for, causal, planned_types, tiny_config, tiny_of
+from ranks import RankError, run_ranks
+from sharding import full_gradients, relative_error
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import ds_seqpar
+import ds_seqpar.cli
+from ds_seqpar.errors import PlanError
+from ds_seqpar.families import Family, family
+from ds_seqpar.hf import describe
+
+__all__ = ["TOLERANCE", "document", "measured", "parity"]
+
+TOLERANCE = 1e-5
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    if causal(model.config):
+        return model(**batch).loss  # type: ignore[no-any-return]
+    last = model(input_ids=batch["input_ids"]).last_hidden_state
+    weight = torch.linspace(-1.0, 1.0, last.numel(), dtype=last.dtype, device=last.device).view(last.shape)
+    return (last * weight).square().mean() + (last * weight).mean()
+
+
+def parity(model_type: str, seq: int = 7) -> dict[str, Any]:
+    """The relative error of everything after one step of 3 x `seq` tokens twice, and what was planned; run on every rank."""
+    fresh_groups()
+    model, reference = tiny_of(model_type), tiny_of(model_type)
+    report = ds_seqpar.shard(model, {"tp_size": dist.get_world_size(), "loss_chunk_tokens": 4})
+    model.train(), reference.train()
+    errors: dict[str, float] = {}
+    for i, batch in enumerate(batches_for(2, 3, seq)):
+        loss, expected = _loss(model, batch) / 2, _loss(reference, batch) / 2
+        errors[f"loss {i}"] = relative_error(loss.detach(), expected.detach())
+        loss.backward()
+        expected.backward()
+    mine = full_gradients(model)
+    for name, parameter in reference.named_parameters():
+        errors[name] = relative_error(mine[name], parameter.grad)
+    worst = max(errors, key=lambda name: errors[name])
+    whole = {_starred(entry.why.partition(" ")[0]) for entry in report.entries if "is repeated whole" in entry.why}
+    return {
+        "error": errors[worst],
+        "bad": {name: error for name, error in errors.items() if not error <= TOLERANCE},
+        "cut": sum(entry.cut is not None for entry in report.parameters().values()),
+        "whole": sorted(whole),
+        "remarks": report.remarks,
+    }
+
+
+def measured(model_type: str, tp: int = 2) -> dict[str, Any]:
+    """The line of the table for one type; AssertionError if it is neither exact nor refused by a PlanError."""
+    cls = CONFIG_MAPPING[model_type]
+    styles = set((getattr(cls, "base_model_tp_plan", None) or {}).values())
+    data = family(model_type)
+    origin = [name for name, there in (("transformers", styles), ("data file", data != Family())) if there]
+    line: dict[str, Any] = {"plan": " + ".join(origin), "at": f"tp {tp}, accumulation 2"}
+    line["styles"] = sorted(styles | set(data.styles.values()))
+    refusal = _refusal(model_type)
+    if refusal:
+        return {"status": "refused", "why": refusal, **line, "at": ""}
+    try:
+        result = run_ranks(tp, parity, model_type, timeout=240)[0]
+    except RankError as problem:
+        last = (problem.errors[0] or "").strip().splitlines()[-1]
+        if ".PlanError: " not in last:
+            raise
+        return {"status": "refused", "why": last.partition(".PlanError: ")[2], **line, "at": ""}
+    assert not result["bad"], f"{model_type}: relative errors above {TOLERANCE}: {result['bad']}"
+    assert result["cut"], f"{model_type}: nothing is cut"
+    return {"status": "exact", **line, "whole": result["whole"]}
+
+
+def _refusal(model_type: str) -> str:
+    """Why the type is refused before a tiny model of it would be built; "" if it is not."""
+    if family(model_type).refused:
+        return family(model_type).refused
+    try:
+        tiny_config(model_type)
+        with torch.device("meta"):
+            describe(tiny_of(model_type, build_only=True))
+    except PlanError as problem:
+        return str(problem)
+    except NoModelError as problem:
+        return str(problem)
+    return ""
+
+
+def _starred(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def main() -> None:
+    """Measures every type (or those named) and writes the results and the table in docs/families.md."""
+    path = Path(ds_seqpar.families.__file__).parent / "results.json"
+    results = json.loads(path.read_text())
+    types = sys.argv[1:] or [*planned_types(), *CLASSICS]
+    for model_type in types:
+        try:
+            results[model_type] = measured(model_type)
+        except Exception as problem:
+            results.pop(model_type, None)
+            print(f"NEITHER {model_type}: {str(problem).strip().splitlines()[-1][:300]}", flush=True)
+            continue
+        print(model_type, results[model_type]["status"], flush=True)
+        path.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+    importlib.reload(ds_seqpar.families)
+    importlib.reload(ds_seqpar.cli)
+    (Path(__file__).parents[1] / "docs" / "families.md").write_text(document())
+
+
+def document() -> str:
+    """docs/families.md."""
+    results = ds_seqpar.families.RESULTS
+    exact = sum(result["status"] == "exact" for result in results.values())
+    return DOCUMENT.format(
+        types=len(results),
+        exact=exact,
+        refused=len(results) - exact,
+        planned=len(planned_types()),
+        table=ds_seqpar.cli.table(),
+    )
+
+
+DOCUMENT = """# Model types
+
+Written by `python tests/parity.py` from what it measured; `python -m ds_seqpar families` prints the same table.
+
+transformers plans {planned} model types; this table holds them and the older types that have a data file here: {types} types,
+{exact} exact, {refused} refused by name before anything is changed. Exact: a random model of two layers, sharded over two ranks,
+gives after two accumulated batches the loss and every parameter's gradient of the unsharded model, each to a relative error of
+1e-5 (float64, where rotary embeddings, norms and routers of many types compute in float32). "Whole" names the blocks that every
+rank repeats on all tokens: exact, but not divided.
+
+{table}
+"""
+
+
+if __name__ == "__main__":
+    main()
