@@ -3,11 +3,12 @@
 The only file that imports deepspeed. Beside its documented names it takes load_ds_config and GRADIENT_CLIPPING_DEFAULT from
 their modules, and counts on `initialize` building a DeepSpeedEngine with keyword arguments.
 
+Saves and loads go through its checkpoint_engine.save, its recovery script and its affine maps: tests/checkpoint/test_private_names.py.
+
 Private names it relies on, each held by a contract test:
 `groups._init_tp_mesh_device`, `groups._TENSOR_MODEL_PARALLEL_GROUP`, `model.ds_autotp_parsed`, `parameter.tensor_model_parallel`,
 `parameter.ds_is_replaced_module` with `gather_params` and `_tp_partition`, `engine.first_dataloader_check`,
-`engine._config.train_batch_size`, `engine.tput_timer.batch_size`, `engine.checkpoint_engine.save`,
-`engine._copy_recovery_script`, `model.universal_checkpoint_info`, the keys of affine maps in checkpoint.constants.
+`engine._config.train_batch_size`, `engine.tput_timer.batch_size`.
 """
 
 from __future__ import annotations
