@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import CheckpointError
-from ..hf import write_config
+from ..hf import require_model, write_config
 from ..layers.region import ShardingState
 from ..plan.report import Report
 from . import manifest as manifests
@@ -52,7 +52,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank, if any rank could not write; what `save_dir` held before is untouched.
     """
-    state: ShardingState = engine.module.seqpar
+    state: ShardingState = require_model(engine.module).seqpar
     group, rank = state.groups.world_cpu_group, dist.get_rank()
     meet("engine.save_checkpoint", group)
     target = Path(save_dir).resolve() / str(tag if tag is not None else f"global_step{engine.global_steps}")
@@ -91,7 +91,7 @@ def save_checkpoint(
                         f"{aside / name}, which another rank wrote, is not visible here: use a folder that all see"
                     )
             (aside / CONFIG_FOLDER).mkdir()
-            write_config(engine.module, aside / CONFIG_FOLDER)
+            write_config(require_model(engine.module), aside / CONFIG_FOLDER)
             _write_durably(aside / MANIFEST, json.dumps(identity | {"files": files}, indent=1))
             _into_place(aside, target, before)
             if save_latest:
@@ -121,7 +121,7 @@ def load_checkpoint(
         CheckpointError: on every rank, before anything is loaded: the checkpoint is missing, incomplete, damaged, mixed, of
             another model, or was saved by a run of another size.
     """
-    state: ShardingState = engine.module.seqpar
+    state: ShardingState = require_model(engine.module).seqpar
     group = state.groups.world_cpu_group
     meet("engine.load_checkpoint", group)
     options = dict(
@@ -167,7 +167,7 @@ def _load_universal(
     engine: Any, plain: Plain, load_dir: Path, tag: str | None, options: dict[str, Any]
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Weights, optimizer, schedule and counters of a run of any size and ZeRO stage; random states stay this run's."""
-    state: ShardingState = engine.module.seqpar
+    state: ShardingState = require_model(engine.module).seqpar
     group = state.groups.world_cpu_group
     trained = [name for name, p in engine.module.named_parameters() if p.requires_grad]
     frozen = sum(not p.requires_grad for p in engine.module.parameters())
@@ -255,7 +255,8 @@ def _identity(engine: Any) -> dict[str, Any]:
     """What the manifest says of the run, the same on every rank."""
     report: Report = engine.seqpar_report
     dtypes = {
-        name: str(p.dtype).removeprefix("torch.") for name, p in engine.module.named_parameters(remove_duplicate=False)
+        name: str(p.dtype).removeprefix("torch.")
+        for name, p in require_model(engine.module).named_parameters(remove_duplicate=False)
     }
     return {
         "format": manifests.FORMAT,

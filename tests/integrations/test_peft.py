@@ -293,3 +293,42 @@ def _dropout() -> list[float]:
 def test_adapter_dropout_is_off_in_evaluation_and_on_in_training() -> None:
     first, second = run_ranks(2, _dropout, timeout=90)
     assert first == second
+
+
+def _resumed(folder: str, stage: int) -> None:
+    def engine_over(model: Any) -> Any:
+        fresh_groups()
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage},
+            "ds_seqpar": {"tp_size": 2},
+        }
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained, lr=0.05), config=config)[0]
+
+    def step(engine: Any, batch: dict[str, torch.Tensor]) -> float:
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        return float(loss)
+
+    first, data = engine_over(_adapted("llama", dtype=torch.float32)), batches(4, 2)
+    for batch in data[:2]:
+        step(first, batch)
+    first.save_checkpoint(folder)
+    expected = [step(first, batch) for batch in data[2:]]
+    other = _adapted("llama", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    second = engine_over(other)
+    path, _ = second.load_checkpoint(folder)
+    assert path is not None
+    assert [step(second, batch) for batch in data[2:]] == expected
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_adapters_resume_bit_for_bit(tmp_path: Path, stage: int) -> None:
+    run_ranks(2, _resumed, str(tmp_path), stage)
