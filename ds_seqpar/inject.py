@@ -506,7 +506,8 @@ class _Injection:
     def _block(self, block: BlockPlan) -> None:
         module = self.model.get_submodule(block.name)
         module.input_name = _first_argument(module)  # type: ignore[assignment]
-        module.recomputable = block.kind is BlockKind.GROUPED and not block.has_heads  # type: ignore[assignment]
+        mlps = (BlockKind.GROUPED, BlockKind.SUMMED)
+        module.recomputable = block.kind in mlps and not block.has_heads  # type: ignore[assignment]
         module.has_heads = block.has_heads  # type: ignore[assignment]
         self._local_counts(block, module)
         self._head_inputs(block, module)

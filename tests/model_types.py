@@ -107,9 +107,9 @@ def planned_types() -> tuple[str, ...]:
     return tuple(sorted(t for t in CONFIG_MAPPING if getattr(CONFIG_MAPPING[t], "base_model_tp_plan", None)))
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The type's config, two layers deep."""
-    own = OWN.get(model_type, {})
+def tiny_config(model_type: str, **more: Any) -> PreTrainedConfig:
+    """The type's config, two layers deep; `more` goes over everything."""
+    own = {**OWN.get(model_type, {}), **more}
     plain = CONFIG_MAPPING[model_type]()
     values = {name: size for name, size in SIZES.items() if _replaceable(plain, name)}
     if "kv_lora_rank" in values:  # latent attention: no grouped kv heads, and the config derives head_dim
@@ -131,7 +131,6 @@ def causal(config: PreTrainedConfig) -> bool:
 
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:
-    config._experts_implementation_internal = "eager"  # grouped_mm has no float64
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     try:
         if causal(config) or type(config) in AutoModel._model_mapping:
@@ -155,9 +154,17 @@ class NoModelError(Exception):
     """transformers has a config of the type, but no model."""
 
 
-def tiny_of(model_type: str, *, dtype: torch.dtype | None = None, build_only: bool = False) -> PreTrainedModel:
+def tiny_of(
+    model_type: str,
+    *,
+    dtype: torch.dtype | None = None,
+    build_only: bool = False,
+    experts: str | None = "eager",
+    **more: Any,
+) -> PreTrainedModel:
     """A random model: the causal LM where there is one, else the base model. Equal weights on every call and rank."""
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, **more)
+    config._experts_implementation_internal = experts  # None: grouped products, which know no float64
     if build_only:
         return _build(config)
     with torch.device("meta"):

@@ -44,6 +44,10 @@ def device() -> torch.device:
 
 def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **own: Any) -> PreTrainedModel:
     """A randomly initialised model; the same `seed` gives the same weights, biases and norm weights included."""
+    if family not in FAMILIES:
+        from model_types import tiny_of
+
+        return tiny_of(family, **{"dtype": dtype, **own})
     sizes = {**_SIZES, **_OWN.get(family, {}), **own}
     config = AutoConfig.for_model(family, **{k: v for k, v in sizes.items() if v is not None})
     torch.manual_seed(seed)

@@ -18,9 +18,9 @@ from ds_seqpar.comm import collectives
 HIDDEN, SEQ = 48, 8
 
 
-def _count(layers: int, tp: int, key: dict[str, Any]) -> dict[str, Counter[str]]:
+def _count(layers: int, tp: int, key: dict[str, Any], family: str = "llama") -> dict[str, Counter[str]]:
     """Calls and elements of each collective in forward and in backward of one step."""
-    model = tiny("llama", num_hidden_layers=layers).train()
+    model = tiny(family, num_hidden_layers=layers, **_own(family)).train()
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 2, 1)
     counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
     phase = "forward"
@@ -51,8 +51,17 @@ def _count(layers: int, tp: int, key: dict[str, Any]) -> dict[str, Counter[str]]
     return counts
 
 
-def _per_layer(tp: int, key: dict[str, Any]) -> dict[str, dict[str, int]]:
-    two, three = (run_ranks(tp, _count, layers, tp, key)[0] for layers in (2, 3))
+def _own(family: str) -> dict[str, Any]:
+    """The experts' own default, grouped products; no auxiliary loss, whose tokens are counted elsewhere."""
+    return (
+        {}
+        if family == "llama"
+        else {"experts": None, "intermediate_size": 56, "dtype": torch.float32, "output_router_logits": False}
+    )
+
+
+def _per_layer(tp: int, key: dict[str, Any], family: str = "llama") -> dict[str, dict[str, int]]:
+    two, three = (run_ranks(tp, _count, layers, tp, key, family)[0] for layers in (2, 3))
     return {
         phase: {n: three[phase][n] - two[phase][n] for n in three[phase] if three[phase][n] != two[phase][n]}
         for phase in ("forward", "backward")
@@ -77,6 +86,20 @@ def test_a_layer_gathers_and_scatters_twice_and_regathers_twice_in_backward(tp: 
         assert layer["backward"]["all_reduce elements"] == 4 * HIDDEN
 
 
+def test_a_layer_with_experts_gathers_and_scatters_as_often_as_a_dense_one() -> None:
+    layer = _per_layer(2, {}, "mixtral")
+    block = 2 * SEQ * HIDDEN
+    assert layer["forward"]["all_gather"] == layer["forward"]["reduce_scatter"] == 2
+    assert layer["forward"]["all_gather elements"] == layer["forward"]["reduce_scatter elements"] == 2 * block
+    assert layer["forward"].get("all_reduce", 0) == 0
+    assert layer["backward"]["all_gather"] == 3  # dy of o and of the experts, and the input of q,k,v again
+    assert layer["backward"]["reduce_scatter"] == 2
+    assert layer["backward"]["reduce_scatter elements"] == 2 * block
+    # both norms, and the gradient of two weights for each token, which makes the router's complete
+    assert layer["backward"]["all_reduce"] == 3
+    assert layer["backward"]["all_reduce elements"] == 2 * HIDDEN + 2 * SEQ * 2
+
+
 def test_plain_tensor_parallelism_all_reduces_twice_each_way() -> None:
     layer = _per_layer(2, {"sequence_parallel": False})
     block = 2 * SEQ * HIDDEN
@@ -84,8 +107,8 @@ def test_plain_tensor_parallelism_all_reduces_twice_each_way() -> None:
         assert layer[phase] == {"all_reduce": 2, "all_reduce elements": 2 * block}
 
 
-def _saved(tp: int, key: dict[str, Any]) -> list[tuple[int, ...]]:
-    model = tiny("llama", intermediate_size=56).train()
+def _saved(tp: int, key: dict[str, Any], family: str = "llama") -> list[tuple[int, ...]]:
+    model = tiny(family, **{"intermediate_size": 56, **_own(family)}).train()
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 2, 1)
     parameters = {p.data_ptr() for p in model.parameters()}
     before = {id(x) for x in gc.get_objects() if type(x) is torch.Tensor}
@@ -104,6 +127,15 @@ def _saved(tp: int, key: dict[str, Any]) -> list[tuple[int, ...]]:
     alive = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.is_floating_point()]
     assert output.loss.requires_grad
     return shapes + [tuple(x.shape) for x in alive if id(x) not in before]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_experts_that_are_recomputed_keep_their_input_shard_alone(recompute: str) -> None:
+    for shapes in run_ranks(3, _saved, 3, {"recompute": recompute}, "mixtral"):
+        too_large = [
+            s for s in shapes if torch.Size(s).numel() >= 2 * 16 * HIDDEN and s not in ((34, HIDDEN), (33, HIDDEN))
+        ]
+        assert shapes and not too_large, f"saved for backward: {too_large}"
 
 
 @pytest.mark.parametrize("key", [{}, {"recompute": "selective"}, {"recompute": "full"}])

@@ -68,6 +68,7 @@ class ModelPlan:
 
 
 Word = tuple[Style, str]
+ANYWHERE = (Role.EVEN, Role.TILES, Role.PAIRS)
 TRANSFORMERS, USERS, BY_NAME = (
     "transformers' tp_plan",
     "the plan in the ds_seqpar key",
@@ -360,7 +361,7 @@ class _Planner:
             if len(shape) > 1:
                 packed = "gate_up" in key or style in (Style.PACKED_COLUMN, Style.PACKED_ROW)
                 interleaved = packed and self.facts.modules[name].interleaved
-                roles = (Role.PAIRS,) if interleaved else (Role.EVEN,) * (1 + packed)
+                roles = (Role.PAIRS,) if interleaved else (Role.TILES,) * (1 + packed)
             block.has_heads |= roles[0] in (Role.QUERY, Role.KV)
             cuts[key] = self._cut(block, f"{name}.{key}", dim, shape[dim], roles)
         style = Style.EXPERTS if name in block.experts else Style.LOCAL
@@ -474,7 +475,7 @@ class _Planner:
             count = n if roles[0] is Role.QUERY else kv
             if count and size % count == 0:
                 return [size]
-        evens = sum(role in (Role.EVEN, Role.PAIRS) for role in roles)
+        evens = sum(role in ANYWHERE for role in roles)
         left = size - sum(sizes.get(role, 0) for role in roles)
         if left < 0 or (left and not evens) or (evens and left % evens):
             raise _Uncuttable(
@@ -486,8 +487,10 @@ class _Planner:
     def _bounds(
         self, block: BlockPlan | None, name: str, role: Role, width: int, n: int, kv: int
     ) -> list[tuple[int, int]]:
-        if role in (Role.EVEN, Role.PAIRS):
+        if role in ANYWHERE:
             unit = 2 if role is Role.PAIRS else 1
+            if role is not Role.EVEN and width % (8 * unit) == 0 and width // (8 * unit) >= self.tp_size:
+                unit *= 8
             if width // unit < self.tp_size:
                 raise PlanError(
                     f"{name}: {width} features cannot be cut over tp_size={self.tp_size}; use at most {width // unit}"

@@ -50,7 +50,8 @@ class Role(str, Enum):
     KV = "kv"  # num_key_value_heads x anything
     QKV = "qkv"  # num_attention_heads x 3 x head_dim, interleaved head by head
     EVEN = "even"  # anywhere
-    PAIRS = "pairs"  # between pairs: gate and up interleaved
+    TILES = "tiles"  # between tiles of 8, if it is made of them: products over all experts want aligned rows
+    PAIRS = "pairs"  # between pairs: gate and up interleaved; aligned as tiles are
 
 
 ROLES_BY_NAME: dict[str, tuple[str, ...]] = {

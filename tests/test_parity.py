@@ -1,0 +1,156 @@
+"""Every model type against the unsharded model, as docs/families.md says; a type that transformers does not have yet."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exactness import compare_sgd, fresh_groups
+from model_types import CLASSICS, batches_for, planned_types, tiny_of
+from parity import TOLERANCE, document, measured, parity
+from ranks import RankError, run_ranks
+from sharding import same_loss_and_gradients
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import ds_seqpar
+from ds_seqpar import cli
+from ds_seqpar.families import RESULTS, TESTED
+
+ALL = (*planned_types(), *CLASSICS)
+MOST_USED = ("deepseek_v3", "gpt2", "gpt_oss", "mixtral", "qwen3_moe")  # beside the dense ones of test_families.py
+TODAY = datetime.date.today().toordinal()
+SAMPLE = sorted({*MOST_USED, *(TESTED[(5 * TODAY + i) % len(TESTED)] for i in range(5))}) if TESTED else []
+
+
+def _as_written(model_type: str) -> None:
+    written, now = dict(RESULTS[model_type]), measured(model_type)
+    assert now == written
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_rotating_sample_of_types_is_as_the_table_says(model_type: str) -> None:
+    _as_written(model_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ALL)
+def test_every_type_is_as_the_table_says(model_type: str) -> None:
+    _as_written(model_type)
+
+
+def test_the_table_holds_every_planned_type_and_is_the_one_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(RESULTS) == sorted(ALL)
+    assert (Path(__file__).parents[1] / "docs" / "families.md").read_text() == document()
+    cli.main(["families"])
+    assert capsys.readouterr().out.strip() == cli.table()
+
+
+KINDS = ("qwen2", "gpt_neox", "mixtral", "deepseek_v3", "gptj")  # dense GQA, fused qkv, experts, latent, parallel block
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [*KINDS, "gpt_oss", "olmoe", "gpt2", "bloom"])
+@pytest.mark.parametrize("tp", [3, 4])
+def test_each_kind_at_more_ranks(model_type: str, tp: int) -> None:
+    for result in run_ranks(tp, parity, model_type, timeout=600):
+        assert not result["bad"]
+
+
+ALIGNED: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 56},
+    "gpt_oss": {"intermediate_size": 56},
+    "deepseek_v3": {"moe_intermediate_size": 24},
+}
+"""Products over all experts want rows of 16 bytes: so many that the ranks' parts differ."""
+
+
+def _compare(model_type: str, stage: int, own: dict[str, Any]) -> dict[str, float]:
+    return compare_sgd(model_type, 2, stage, own=own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss", "gpt2"])
+def test_each_kind_with_data_parallel_ranks_under_deepspeed(model_type: str, stage: int) -> None:
+    own = {"experts": None, "dtype": torch.float32, **ALIGNED.get(model_type, {})}
+    for errors in run_ranks(4, _compare, model_type, stage, own, timeout=600):
+        bad = {name: error for name, error in errors.items() if not error <= 2e-5}  # float32 throughout
+        assert not bad
+
+
+class _MadeUpConfig(LlamaConfig):
+    model_type = "made_up"
+
+
+class _MadeUpMoeConfig(MixtralConfig):
+    model_type = "made_up_moe"
+
+
+class _MadeUp(LlamaForCausalLM):
+    config_class = _MadeUpConfig
+
+
+class _MadeUpMoe(MixtralForCausalLM):
+    config_class = _MadeUpMoeConfig
+
+
+def _made_up(seed: int, experts: bool) -> Any:
+    sizes = dict(
+        vocab_size=101, hidden_size=48, intermediate_size=50, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=8, num_local_experts=4, output_router_logits=True, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    config = (_MadeUpMoeConfig if experts else _MadeUpConfig)(**sizes)
+    config._experts_implementation_internal = "eager"
+    return (_MadeUpMoe if experts else _MadeUp)(config).double().train()
+
+
+def _check_made_up(experts: bool) -> list[str]:
+    fresh_groups()
+    model, reference = _made_up(0, experts), _made_up(0, experts)
+    report = ds_seqpar.shard(model, {"tp_size": 2})
+    same_loss_and_gradients(model, reference, lambda m: m(**batches_for(1, 3, 7)[0]).loss, tolerance=TOLERANCE)
+    return report.remarks
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_type_that_nobody_has_seen_works_by_its_plan_alone(experts: bool) -> None:
+    for remarks in run_ranks(2, _check_made_up, experts):
+        assert any("made_up" in r and "not among the model types that are tested" in r for r in remarks)
+
+
+def _check_users_plan(plan: dict[str, str]) -> None:
+    fresh_groups()
+    model, reference = tiny_of("glm4"), tiny_of("glm4")
+    ds_seqpar.shard(model, {"tp_size": 2, "plan": plan})
+    same_loss_and_gradients(
+        model.train(), reference.train(), lambda m: m(**batches_for(1, 3, 7)[0]).loss, tolerance=TOLERANCE
+    )
+    return
+
+
+def test_a_users_plan_goes_before_all_others() -> None:
+    plan = {"model.layers.*.mlp.gate_up_proj": "packed_colwise:even,even", "model.layers.*.mlp.down_proj": "rowwise"}
+    run_ranks(2, _check_users_plan, plan)
+    run_ranks(2, _check_users_plan, {"model.layers.*.mlp": "whole"})
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"model.layers.*.mlp.gate_proj": "colwise"}, r"mlp\.gate_proj' \(the plan in .* matches no .*near it are \['model.*gate_up"),
+        ({"model.layers.*.mlp.gate_up_proj": "sideways"}, r"style 'sideways' .*known styles"),
+        ({"model.layers.*.mlp.gate_up_proj": "packed_colwise:q,up"}, r"unknown role\(s\) \['up'\]"),
+        ({"model.layers.*.mlp.gate_up_proj": "colwise", "model.*.0.mlp.gate_up_proj": "colwise"}, r"matched by two plan patterns"),
+        ({"model.layers.*.self_attn.q_proj": "norm_over_cut_dim", "model.layers.*.mlp.down_proj": "colwise"}, r"q_proj|down_proj"),
+    ],
+)  # fmt: skip
+def test_a_users_plan_that_does_not_fit_is_refused_before_anything_is_touched(
+    plan: dict[str, str], message: str
+) -> None:
+    with pytest.raises(RankError, match=message) as caught:
+        run_ranks(2, _check_users_plan, plan)
+    assert all("PlanError" in (error or "") for error in caught.value.errors)
