@@ -11,6 +11,7 @@ from typing import Any
 import conftest  # noqa: F401  # sets the environment when this file is run as a script
 import torch
 import torch.distributed as dist
+import transformers
 from exactness import fresh_groups
 from model_types import CLASSICS, NoModelError, batches_for, causal, planned_types, tiny_config, tiny_of
 from ranks import RankError, run_ranks
@@ -108,7 +109,7 @@ def _starred(name: str) -> str:
 def main() -> None:
     """Measures every type (or those named) and writes the results and the table in docs/families.md."""
     path = Path(ds_seqpar.families.__file__).parent / "results.json"
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text())["types"]
     types = sys.argv[1:] or [*planned_types(), *CLASSICS]
     for model_type in types:
         try:
@@ -118,7 +119,8 @@ def main() -> None:
             print(f"NEITHER {model_type}: {str(problem).strip().splitlines()[-1][:300]}", flush=True)
             continue
         print(model_type, results[model_type]["status"], flush=True)
-        path.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        content = {"transformers": transformers.__version__, "types": dict(sorted(results.items()))}
+        path.write_text(json.dumps(content, indent=1) + "\n")
     importlib.reload(ds_seqpar.families)
     importlib.reload(ds_seqpar.cli)
     (Path(__file__).parents[1] / "docs" / "families.md").write_text(document())
@@ -133,6 +135,7 @@ def document() -> str:
         exact=exact,
         refused=len(results) - exact,
         planned=len(planned_types()),
+        version=ds_seqpar.families.MEASURED_WITH,
         table=ds_seqpar.cli.table(),
     )
 
@@ -141,7 +144,7 @@ DOCUMENT = """# Model types
 
 Written by `python tests/parity.py` from what it measured; `python -m ds_seqpar families` prints the same table.
 
-transformers plans {planned} model types; this table holds them and the older types that have a data file here: {types} types,
+transformers {version} plans {planned} model types; this table holds them and the older types that have a data file here: {types} types,
 {exact} exact, {refused} refused by name before anything is changed. Exact: a random model of two layers, sharded over two ranks,
 gives after two accumulated batches the loss and every parameter's gradient of the unsharded model, each to a relative error of
 1e-5 (float64, where rotary embeddings, norms and routers of many types compute in float32). "Whole" names the blocks that every

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from exactness import compare_sgd, fresh_groups
 from model_types import CLASSICS, batches_for, planned_types, tiny_of
 from parity import TOLERANCE, document, measured, parity
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import ds_seqpar
 from ds_seqpar import cli
-from ds_seqpar.families import RESULTS, TESTED
+from ds_seqpar.families import MEASURED_WITH, RESULTS, TESTED
 
 ALL = (*planned_types(), *CLASSICS)
 MOST_USED = ("deepseek_v3", "gpt2", "gpt_oss", "mixtral", "qwen3_moe")  # beside the dense ones of test_families.py
@@ -25,9 +26,16 @@ TODAY = datetime.date.today().toordinal()
 SAMPLE = sorted({*MOST_USED, *(TESTED[(5 * TODAY + i) % len(TESTED)] for i in range(5))}) if TESTED else []
 
 
+SAME_RELEASE = transformers.__version__ == MEASURED_WITH
+OTHER_RELEASE = f"the table was written with transformers {MEASURED_WITH}, this is {transformers.__version__}"
+
+
 def _as_written(model_type: str) -> None:
-    written, now = dict(RESULTS[model_type]), measured(model_type)
-    assert now == written
+    if not SAME_RELEASE and model_type not in ALL:
+        pytest.skip(OTHER_RELEASE)
+    now = measured(model_type)  # in any release a type is exact or refused
+    if SAME_RELEASE:
+        assert now == dict(RESULTS[model_type])
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
@@ -41,6 +49,7 @@ def test_every_type_is_as_the_table_says(model_type: str) -> None:
     _as_written(model_type)
 
 
+@pytest.mark.skipif(not SAME_RELEASE, reason=OTHER_RELEASE)
 def test_the_table_holds_every_planned_type_and_is_the_one_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(RESULTS) == sorted(ALL)
     assert (Path(__file__).parents[1] / "docs" / "families.md").read_text() == document()

@@ -25,9 +25,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "TESTED", "Family", "family"]
+__all__ = ["MEASURED_WITH", "RESULTS", "TESTED", "Family", "family"]
 
-RESULTS: Mapping[str, Mapping[str, Any]] = json.loads((Path(__file__).parent / "results.json").read_text())
+_FILE = json.loads((Path(__file__).parent / "results.json").read_text())
+MEASURED_WITH: str = _FILE["transformers"]
+"""The transformers release that RESULTS were measured with."""
+
+RESULTS: Mapping[str, Mapping[str, Any]] = _FILE["types"]
 """Model type -> what `python tests/parity.py` measured of it: status, styles, the largest relative error of a gradient."""
 
 TESTED = tuple(name for name, result in RESULTS.items() if result["status"] == "exact")
