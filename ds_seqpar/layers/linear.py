@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from ..comm.collectives import all_reduce
-from ..comm.exchange import Exchange
 from ..comm.regions import gather_columns
 from ..errors import SeqParError
 from ..kernels.adjacent import joined, parted
@@ -25,11 +24,6 @@ from .norm import Remake
 from .region import ShardingState, TokenRegion
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelHead", "call_past_deepspeed", "column_parallel"]
-
-
-def _exchange(region: TokenRegion) -> Exchange:
-    assert region.exchange is not None, "a region that cuts tokens names what exchanges them"
-    return region.exchange
 
 
 class _ColumnParallel(Function):
@@ -62,7 +56,7 @@ class _ColumnParallel(Function):
         if joint is not None:
             whole = x.new_empty((region.tokens, joint.shape[0]))
             ys, products = parted(whole, [w.shape[0] for w in weights]), [(whole, joint, None)]  # type: ignore[union-attr]
-        gathering = _exchange(region).gather(x, region.tokens)
+        gathering = region.transport.gather(x, region.tokens)
         for rows, arrived in gathering.arrivals():
             for y, w, b in products:
                 _linear_into(y[rows], arrived, w, b)  # type: ignore[arg-type]
@@ -83,10 +77,10 @@ class _ColumnParallel(Function):
         joint_dy, joint_weight = joined(dys, 1), joined(weights, 0)
         lefts, rights = (dys, weights) if joint_dy is None or joint_weight is None else ([joint_dy], [joint_weight])
         x = None if not kept else kept[0] if ctx.remake is None else ctx.remake(*kept).reshape(region.rows, -1)
-        gathering = _exchange(region).gather(x, region.tokens) if region.cut and x is not None else None
+        gathering = region.transport.gather(x, region.tokens) if region.cut and x is not None else None
         dx = scattering = None
         if wants_dx and region.cut:
-            scattering = _exchange(region).scatter(region.tokens, weights[0].shape[1], dys[0])
+            scattering = region.transport.scatter(region.tokens, weights[0].shape[1], dys[0])
             for rows, memory in scattering.parts():
                 _sum_of_products(memory, [left[rows] for left in lefts], rights)
         elif wants_dx:
@@ -134,7 +128,7 @@ class _RowParallel(Function):
             x = gated(x, up, act)
         if not region.cut:
             return all_reduce(x @ weight.t(), region.groups.tp_group)
-        scattering = _exchange(region).scatter(region.tokens, weight.shape[0], x)
+        scattering = region.transport.scatter(region.tokens, weight.shape[0], x)
         for rows, memory in scattering.parts():
             torch.mm(x[rows], weight.t(), out=memory)
         return scattering.wait()
@@ -145,7 +139,7 @@ class _RowParallel(Function):
         region = ctx.region
         x, up, weight = ctx.saved_tensors
         wants_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        gathering = _exchange(region).gather(dy, region.tokens) if region.cut else None
+        gathering = region.transport.gather(dy, region.tokens) if region.cut else None
         dx = None
         if wants_dx:
             dx = dy.new_empty((region.tokens, weight.shape[1]))

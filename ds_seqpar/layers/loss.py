@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..comm.collectives import all_gather, all_reduce
-from ..comm.exchange import Exchange
 from ..kernels.cross_entropy import gradient_, scaled, statistics
 from .handles import ShardedLogits
 from .region import TokenRegion
@@ -34,11 +33,6 @@ class _Options:
     chunk_tokens: int
     ignore_index: int
     transforms: Transforms
-
-    @property
-    def exchange(self) -> Exchange:
-        assert self.region.exchange is not None, "a region that cuts tokens names what exchanges them"
-        return self.region.exchange
 
 
 class _LinearCrossEntropy(Function):
@@ -61,7 +55,7 @@ class _LinearCrossEntropy(Function):
             total += losses
             scattering = None
             if dx is not None and cut:
-                scattering = options.exchange.scatter(wanted.numel(), weight.shape[1], dlogits)
+                scattering = options.region.transport.scatter(wanted.numel(), weight.shape[1], dlogits)
                 for part, memory in scattering.parts():
                     torch.mm(dlogits[part], weight, out=memory)
             elif dx is not None:
@@ -102,12 +96,12 @@ def _gathered_chunks(hidden: Tensor, targets: Tensor, options: _Options) -> Iter
             yield rows, wanted, hidden[rows]
         return
     chunks = list(_chunks(targets, options))
-    gathering = options.exchange.gather(hidden[chunks[0][0]], chunks[0][1].numel())
+    gathering = options.region.transport.gather(hidden[chunks[0][0]], chunks[0][1].numel())
     for (rows, wanted), following in zip(chunks, [*chunks[1:], None], strict=True):
         current = gathering
         x = current.whole()
         if following is not None:
-            gathering = options.exchange.gather(hidden[following[0]], following[1].numel())
+            gathering = options.region.transport.gather(hidden[following[0]], following[1].numel())
         yield rows, wanted, x
         current.release()
 

@@ -51,6 +51,12 @@ class TokenRegion:
     together: Mapping[int, Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
+    def transport(self) -> Exchange:
+        """What moves this region's rows. Only a region that cuts tokens has it."""
+        assert self.exchange is not None, "a region that cuts tokens names what exchanges them"
+        return self.exchange
+
+    @property
     def tokens(self) -> int:
         """T."""
         return self.batch * self.seq
