@@ -84,7 +84,7 @@ def _plan(plan: object) -> dict[str, str]:
     if isinstance(plan, Mapping) and plan and all(isinstance(x, str) and x for pair in plan.items() for x in pair):
         return dict(plan)
     raise ConfigError(
-        f'"{KEY}.plan" must map patterns to styles, such as {{"model.layers.*.attn.qkv": "packed_colwise:q,kv,kv"}}, not {plan!r}'
+        f'"{KEY}.plan" must be an object of patterns and styles, such as {{"model.layers.*.attn.qkv": "packed_colwise:q,kv,kv"}}, not {plan!r}'
     )
 
 

@@ -226,6 +226,13 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
                 f"{name} ({facts.modules[name].type_name}) owns parameters and mixes tokens, or takes more than hidden states, so "
                 f"it cannot run on a shard of the tokens; {facts.model_type} needs a data file that says what becomes of it"
             )
+    for name, about in facts.modules.items():
+        around = name.rpartition(".")[0]
+        if around in plan.modules and facts.modules[around].role == "linear":
+            raise PlanError(
+                f"{name} ({about.type_name}) owns parameters {list(about.shapes)} inside {around}, which is cut; take it out, or "
+                "use an adapter that is known (docs/integrations.md)"
+            )
     _check_adapters(model, facts, plan)
     for name, planned in list(plan.modules.items()):
         if planned.style is Style.CUT_NORM and rms_norm_epsilon(model.get_submodule(name)) is None:
@@ -414,7 +421,7 @@ class _Injection:
         for attribute, is_cut in ((wrapper.down, style is Style.ROW), (wrapper.up, style is not Style.ROW)):
             for adapter, factor in getattr(outer, attribute).items() if attribute else ():
                 own = {key: cuts["weight"] if is_cut else None for key, _ in factor.named_parameters()}
-                parameters = {k: self._parameter(p, own[k], style) for k, p in factor.named_parameters()}
+                parameters = {k: self._parameter(p, own[k], Style.ROW) for k, p in factor.named_parameters()}
                 factor.out_features, factor.in_features = factor.weight.shape
                 factor.seqpar, was = self.state, type(factor).__name__
                 if attribute == wrapper.down:

@@ -14,7 +14,7 @@ from ds_seqpar.config import Overlap, Recompute
 
 DEFAULTS = dict(
     enabled=True, sequence_parallel=True, recompute=Recompute.NONE, loss_chunk_tokens=2048, overlap=Overlap.AUTO, verify=False,
-    replica_check_interval=0,
+    replica_check_interval=0, plan={},
 )  # fmt: skip
 VALID: dict[str, list[Any]] = {
     "tp_size": [1, 2, 3, 64],
@@ -25,6 +25,7 @@ VALID: dict[str, list[Any]] = {
     "overlap": ["auto", "off"],
     "verify": [False],
     "replica_check_interval": [0],
+    "plan": [{"model.layers.*.mlp": "whole"}, {"a": "colwise", "b": "rowwise"}],
 }
 NO_INTEGER: list[Any] = [0, -1, 1.0, 2.5, "2", True, False, None, [2], {"tp_size": 2}]
 NO_BOOL: list[Any] = [0, 1, "true", "", None, [], 1.0]
@@ -38,6 +39,19 @@ WRONG: dict[str, list[Any]] = {
     "overlap": NO_CHOICE,
     "verify": NO_BOOL,
     "replica_check_interval": [value for value in NO_INTEGER if value != 0 or isinstance(value, bool)],
+    "plan": [
+        {},
+        [],
+        "colwise",
+        None,
+        True,
+        0,
+        {"a": ""},
+        {"": "colwise"},
+        {"a": 1},
+        {1: "colwise"},
+        {"a": ["colwise"]},
+    ],
 }
 
 

@@ -13,7 +13,7 @@ from models import batches, tiny
 from ranks import run_ranks
 from sharding import full_gradients, relative_error, twins
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import ds_seqpar
 from ds_seqpar import ConfigError, DataMismatchError, PlanError, SeqParError
@@ -165,10 +165,6 @@ def _t5() -> Any:
     return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
 
 
-def _gpt2() -> Any:
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=64, n_embd=16, n_layer=1, n_head=2))
-
-
 def _bert() -> Any:
     sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     return AutoModel.from_config(AutoConfig.for_model("bert", **sizes))
@@ -196,15 +192,6 @@ def _tensor_parallel_already() -> Any:
     return model
 
 
-def _renamed() -> Any:
-    """A module that a newer transformers renamed: the plan's pattern has no match."""
-    model = tiny("llama")
-    for layer in model.model.layers:
-        layer.mlp.upward = layer.mlp.up_proj
-        del layer.mlp.up_proj
-    return model
-
-
 def _with_max_norm() -> Any:
     model = tiny("llama")
     model.model.embed_tokens.max_norm = 1.0
@@ -212,7 +199,6 @@ def _with_max_norm() -> Any:
 
 
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "no tp_plan": (_gpt2, "'gpt2' has no tp_plan"),
     "an encoder": (_bert, "'bert' has no tp_plan"),
     "seq2seq": (_t5, "'t5' is an encoder-decoder; only decoder models can be sharded"),
     "quantized": (_quantized, "this llama model is quantized ({'quant_method': 'bitsandbytes'})"),
@@ -232,7 +218,6 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "with a gradient": (_with_gradient, "already has a gradient"),
     "adapter": (_with_adapter, "layers.1.self_attn.q_proj.lora_A (Linear) owns parameters ['weight']"),
     "mixes tokens": (_mixing_tokens, "post_attention_layernorm (Mixer) owns parameters and mixes tokens"),
-    "renamed": (_renamed, "'model.layers.*.mlp.up_proj' (transformers' tp_plan) matches no module"),
     "too few heads": (lambda: tiny("llama", num_attention_heads=1, num_key_value_heads=1), "num_attention_heads=1"),
     "small vocabulary": (lambda: tiny("llama", vocab_size=1, **NO_SPECIAL), "1 features cannot be cut over tp_size=2"),
     "max_norm": (_with_max_norm, "nn.Embedding(max_norm=1.0) cannot be cut by vocabulary"),
@@ -255,6 +240,21 @@ def _models() -> dict[str, Outcome]:
 def test_models_that_cannot_be_sharded_are_refused_and_left_untouched() -> None:
     results = run_ranks(2, _models, timeout=2 * SECONDS)
     _all_ranks_say(results, PlanError, {name: message for name, (_, message) in MODELS.items()})
+
+
+def _renamed() -> list[str]:
+    """A module that a newer transformers renamed: the plan's pattern has no match, so its block cannot be cut."""
+    fresh_groups()
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.mlp.upward = layer.mlp.up_proj
+        del layer.mlp.up_proj
+    return ds_seqpar.shard(model, {"tp_size": 2}).remarks
+
+
+def test_a_block_whose_plan_does_not_match_is_repeated_whole_and_said_to_be() -> None:
+    for remarks in run_ranks(2, _renamed, timeout=SECONDS):
+        assert sum("mlp is repeated whole by every rank: no plan says what becomes of" in r for r in remarks) == 2
 
 
 def _second_model(tp_first: int, tp_second: int) -> tuple[Outcome, bool]:

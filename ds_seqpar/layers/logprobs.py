@@ -77,7 +77,7 @@ def _chunk(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     group = region.groups.tp_group
     piece = TokenRegion(1, targets.numel(), region.cut, region.groups, region.exchange)
-    x = piece.full_for_partial(rows)[0]
+    x = piece.full_for_partial(rows.unsqueeze(0))[0]
     z = linear(x, weight, bias)
     z = z.to(torch.promote_types(z.dtype, torch.float32))  # [n, V_r]
     for transform in transforms:
