@@ -83,9 +83,8 @@ class SeqParConfig:
 def _plan(plan: object) -> dict[str, str]:
     if isinstance(plan, Mapping) and plan and all(isinstance(x, str) and x for pair in plan.items() for x in pair):
         return dict(plan)
-    raise ConfigError(
-        f'"{KEY}.plan" must be an object of patterns and styles, such as {{"model.layers.*.attn.qkv": "packed_colwise:q,kv,kv"}}, not {plan!r}'
-    )
+    example = '{"model.layers.*.attn.qkv": "packed_colwise:q,kv,kv"}'
+    raise ConfigError(f'"{KEY}.plan" must be an object of patterns and styles, such as {example}, not {plan!r}')
 
 
 def _check(values: dict[str, Any], name: str, kind: type, wanted: str, least: int | None = None) -> None:
