@@ -13,8 +13,8 @@ export TORCH_EXTENSIONS_DIR
     date -u +%F
     nvidia-smi -L | sed 's/ (UUID.*//'
     "$PYTHON" -c 'import deepspeed, torch, transformers as t; print(f"torch {torch.__version__}, deepspeed {deepspeed.__version__}, transformers {t.__version__}, NCCL {torch.cuda.nccl.version()}")'
-    echo "\$ pytest tests/kernels"
-    timeout 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels 2>&1 | tail -3
+    echo "\$ DS_SEQPAR_TEST_DEVICE=cuda pytest tests/kernels"
+    DS_SEQPAR_TEST_DEVICE=cuda timeout 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels 2>&1 | tail -3
     kernels=${PIPESTATUS[0]}
     echo "\$ DS_SEQPAR_TEST_DEVICE=cuda pytest tests/comm/test_exchange.py tests/test_families.py tests/test_matrix.py tests/test_modes.py tests/test_generate.py -m 'not slow'"
     DS_SEQPAR_TEST_DEVICE=cuda timeout "${TEST_SECONDS:-900}" "$PYTHON" -m pytest -q -p no:cacheprovider tests/comm/test_exchange.py tests/test_families.py tests/test_matrix.py \

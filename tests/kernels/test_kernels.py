@@ -1,5 +1,6 @@
 """Each fused kernel against the composition of torch operations it stands for, value and gradient."""
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -18,6 +19,7 @@ ACTS = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 NO_TRITON = importlib.util.find_spec("triton") is None
+OLD_TRITON = not NO_TRITON and tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9)
 
 
 @pytest.fixture(params=["torch", "triton"])
