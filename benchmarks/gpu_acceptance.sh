@@ -6,7 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 log=${1:?the log file} model=${2:?a Hugging Face checkpoint folder}
 PYTHON=${PYTHON:-python3}
-export NCCL_NVLS_ENABLE=0 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export NCCL_NVLS_ENABLE=0 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD:$PWD/integrations${PYTHONPATH:+:$PYTHONPATH}"
 TORCH_EXTENSIONS_DIR=$(mktemp -d)
 export TORCH_EXTENSIONS_DIR
 {
