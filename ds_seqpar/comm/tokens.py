@@ -11,14 +11,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
-from .collectives import Pending, all_gather, all_gather_async, reduce_scatter, reduce_scatter_async
+from .collectives import all_gather, reduce_scatter
 
 __all__ = [
     "gather_rows",
-    "gather_rows_async",
     "own_rows",
     "reduce_scatter_rows",
-    "reduce_scatter_rows_async",
     "rows_per_rank",
 ]
 
@@ -41,19 +39,9 @@ def gather_rows(shard: Tensor, tokens: int, group: ProcessGroup) -> Tensor:
     return full if full.shape[0] == tokens else full[:tokens]
 
 
-def gather_rows_async(shard: Tensor, group: ProcessGroup) -> Pending:
-    """[c, ...] -> [t*c, ...]; the caller drops the dead rows."""
-    return all_gather_async(shard, group)
-
-
 def reduce_scatter_rows(full: Tensor, group: ProcessGroup) -> Tensor:
     """[T, ...] -> [c, ...], summed over the ranks."""
     return reduce_scatter(_padded(full, group), group)
-
-
-def reduce_scatter_rows_async(full: Tensor, group: ProcessGroup) -> Pending:
-    """[T, ...] -> [c, ...], summed over the ranks."""
-    return reduce_scatter_async(_padded(full, group), group)
 
 
 def own_rows(full: Tensor, group: ProcessGroup) -> Tensor:
