@@ -58,8 +58,10 @@ from .layers.rotary import fuse_rotary
 from .layers.tokenwise import is_tokenwise
 from .plan.cuts import Cut, Kind
 from .plan.facts import ModelFacts
+from .plan.model_plan import BlockPlan, ModelPlan
+from .plan.patterns import matches
 from .plan.report import Entry, ParameterEntry, Report
-from .plan.resolve import BlockPlan, ModelPlan, matches, resolve
+from .plan.resolve import resolve
 from .plan.styles import BlockKind, Style
 from .plan.wrappers import AdapterLayer, adapter_layer, inner_model_path
 

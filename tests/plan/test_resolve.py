@@ -16,7 +16,8 @@ from ds_seqpar.errors import PlanError
 from ds_seqpar.families import Family, family
 from ds_seqpar.plan.cuts import Cut
 from ds_seqpar.plan.facts import ModelFacts, ModuleFacts
-from ds_seqpar.plan.resolve import ModelPlan, resolve
+from ds_seqpar.plan.model_plan import ModelPlan
+from ds_seqpar.plan.resolve import resolve
 from ds_seqpar.plan.styles import Style
 
 PLAN = {

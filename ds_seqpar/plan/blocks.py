@@ -1,0 +1,266 @@
+"""What becomes of one block of a layer, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import PlanError
+from ..families import Family
+from .cuts import Cut
+from .facts import ModelFacts
+from .model_plan import BlockPlan, ModelPlan, ModulePlan
+from .patterns import matches, starred
+from .sections import Sections, UncuttableError
+from .styles import CONVENTIONAL, NORMS_OVER_HEADS, ROLES_BY_NAME, ROUTER_NAMES, BlockKind, Role, Style
+from .words import BY_NAME, TRANSFORMERS, USERS, Word, Words, data_file_of
+
+__all__ = ["BlockPlanner"]
+
+
+@dataclass(frozen=True)
+class BlockPlanner:
+    """Plans blocks into `result`. Raises PlanError for what the user's own plan leaves unsaid."""
+
+    facts: ModelFacts
+    family: Family
+    words: Words
+    sections: Sections
+    result: ModelPlan
+
+    def plan(self, name: str, members: list[str]) -> None:
+        """Plans the block `name`, whose modules with parameters are `members`."""
+        words = self.words.of
+        planned = {m: words[m] for m in members if m in words}
+        parameters = {
+            m: {p: words[f"{m}.{p}"] for p in self.facts.modules[m].shapes if f"{m}.{p}" in words} for m in members
+        }
+        own = words.get(name)
+        if own is not None and own[0] is Style.WHOLE:
+            return self.result.repeat_whole(name, members, own[1])
+        if own is not None and own[0] is Style.TOKENWISE:
+            self.result.tokenwise.extend(members)
+            self.result.asserted.update(members)
+            return None
+        if not planned and not any(parameters.values()):
+            planned = self._conventional(name, members)
+        if not planned and not any(parameters.values()):
+            if members == [name] and len(self.facts.modules[name].shapes) and self._is_norm(name):
+                self.result.tokenwise.append(name)
+            else:
+                self.result.blocks[name] = BlockPlan(name, BlockKind.UNDECIDED)
+            return None
+        block = BlockPlan(name)
+        block.counts = self._head_counts(name, members)
+        block.experts = [m for m in members if planned.get(m, (None, ""))[0] is Style.EXPERTS]
+        if block.experts:
+            block.kind = BlockKind.EXPERTS if block.experts == [name] else BlockKind.SUMMED
+        for parent in {m.rpartition(".")[0] for m in members} - {name}:  # such as shared experts
+            inner = [m for m in members if m.startswith(f"{parent}.")]
+            if block.kind is BlockKind.SUMMED and not any(m in planned for m in inner):
+                planned |= self._conventional(parent, inner)
+        left, reason = [], ""
+        exits = not any(
+            style in (Style.COLUMN, Style.PACKED_COLUMN, Style.HEAD, Style.EXPERTS) for style, _ in planned.values()
+        )
+        is_attention = any(m.rpartition(".")[2] in ("o_proj", "k_proj", "kv_b_proj") for m in planned)
+        for module in members:
+            try:
+                done = self._plan_module(block, module, planned.get(module), parameters[module], is_attention)
+            except UncuttableError as problem:
+                if planned.get(module, (None, TRANSFORMERS))[1] != data_file_of(self.facts):
+                    raise
+                done, reason = False, str(problem)
+            if not done:
+                if exits and self._is_norm(module) and module not in planned:
+                    self.result.tokenwise.append(module)  # after the block's reduce-scatter
+                    continue
+                left.append(module)
+                break
+        if not left and any(why == data_file_of(self.facts) for _, why in planned.values()) and not block.experts:
+            if block.columns and not block.rows:
+                block.kind = BlockKind.ENTRY
+            elif block.rows and not block.columns:
+                block.kind = BlockKind.EXIT
+        halves = block.kind in (BlockKind.ENTRY, BlockKind.EXIT)
+        if left or not (halves or block.experts or (block.columns and block.rows)):
+            self._refuse_unsaid(block, planned, left)
+            for module in members:
+                self.result.modules.pop(module, None)
+            why = reason or "it has no row-parallel linear"
+            if left and not reason:
+                why = f"no plan says what becomes of {left[0]} ({self.facts.modules[left[0]].type_name})"
+            self.result.remarks.append(f"{name} is repeated whole by every rank: {why}")
+            return self.result.repeat_whole(name, members, why)
+        self.result.blocks[name] = block
+        return None
+
+    def _refuse_unsaid(self, block: BlockPlan, planned: Mapping[str, Word], left: list[str]) -> None:
+        """A user who plans a block plans all of it: what he forgot must not become a slower block behind his back."""
+        if not any(why == USERS for _, why in planned.values()):
+            return
+        if left:
+            raise PlanError(
+                f"{left[0]} ({self.facts.modules[left[0]].type_name}) stands in the planned block {block.name}, but the plan does not "
+                f'say what becomes of it; add it, or plan {starred(block.name)!r} as "whole"'
+            )
+        raise PlanError(
+            f"{block.name}: a block needs column-parallel and row-parallel linears, the plan names {block.columns} and {block.rows}"
+        )
+
+    def _conventional(self, name: str, members: list[str]) -> dict[str, Word]:
+        """Styles for the linears that stand directly in `name`, if their names are the usual ones of such a block."""
+        linears = {m: m.rpartition(".") for m in members if self.facts.modules[m].role == "linear"}
+        for styles in CONVENTIONAL:
+            rows = [m for m, (parent, _, leaf) in linears.items() if styles.get(leaf) is Style.ROW]
+            if (
+                linears
+                and len(rows) == 1
+                and all(parent == name and leaf in styles for parent, _, leaf in linears.values())
+            ):
+                return {m: (styles[leaf], BY_NAME) for m, (_, _, leaf) in linears.items()}
+        return {}
+
+    def _plan_module(
+        self, block: BlockPlan, name: str, word: Word | None, parameters: Mapping[str, Word], is_attention: bool
+    ) -> bool:
+        """Plans one module of a block; False if nothing says what it is."""
+        module, leaf = self.facts.modules[name], name.rpartition(".")[2]
+        style, why = word or (None, "")
+        if style is Style.EXPERTS or (parameters and style in (None, Style.LOCAL, Style.SUMMED)):
+            return self._plan_parameters(block, name, parameters, why or TRANSFORMERS)
+        if style is Style.LOCAL:
+            style = None
+        router = self._router_of(block, name) if style is None else None
+        if router is not None:
+            if router not in self.result.routers:
+                self.result.routers.append(router)
+            self.result.modules[name] = ModulePlan(name, Style.ROUTER, {}, "chooses experts")
+            return True
+        if style in (None, Style.PARTIAL, Style.CUT_NORM) and leaf in NORMS_OVER_HEADS:
+            width = module.shapes.get("weight", (0,))
+            over = Role.KV if leaf.startswith("k") else Role.QUERY
+            heads = block.counts[over is Role.KV]
+            if style is Style.CUT_NORM or (
+                len(width) == 1 and heads > 1 and width[0] == self._projected(block.name, over)
+            ):
+                cuts = {"weight": self.sections.cut(block, name, 0, width[0], (over,))}
+                self.result.modules[name] = ModulePlan(name, Style.CUT_NORM, cuts, why or "an RMS norm over all heads")
+                return True
+        summed = block.kind is not BlockKind.GROUPED  # what is not linear in a partial sum would be wrong there
+        inner = name.rpartition(".")[0] != block.name or leaf.endswith(("_a_proj", "_mqa"))
+        known = not summed and is_attention and (self._is_norm(name) or (module.role == "linear" and inner))
+        known |= summed and module.role == "linear" and module.shapes["weight"][0] == 1  # the weight of a shared expert
+        if (
+            style is None
+            and is_attention
+            and name == f"{block.name}.{leaf}"
+            and leaf in ROLES_BY_NAME
+            and module.role == "linear"
+        ):
+            style, why = Style.COLUMN, BY_NAME
+        if style is Style.PARTIAL or (style is None and known):
+            chosen = Style.LATENT if module.role == "linear" and not summed else Style.PARTIAL
+            self.result.modules[name] = ModulePlan(name, chosen, {}, why or "repeated inside a sharded block")
+            return True
+        if style is Style.LATENT and not summed:
+            self.result.modules[name] = ModulePlan(name, Style.LATENT, {}, why)
+            return True
+        if style in (None, Style.WHOLE, Style.LATENT):
+            return False
+        if style is Style.EMBEDDING:
+            raise PlanError(f"{name}: style {style.value!r} is known for the vocabulary only, not inside the model")
+        if module.role != "linear":
+            raise PlanError(f"{name}: style {style.value!r} needs an nn.Linear, not {module.type_name}")
+        roles = self._roles(name, is_attention)
+        if why == BY_NAME and not self._fits(
+            block, roles, module.shapes["weight"][style in (Style.ROW, Style.ROW_OF_WHOLE)]
+        ):
+            return False
+        block.has_heads |= roles[0] is not Role.EVEN
+        rows, columns = (1, 0) if module.transposed else (0, 1)  # where weight [out, in] has its two
+        if style in (Style.ROW, Style.ROW_OF_WHOLE):
+            block.rows.append(name)
+            cuts = {"weight": self.sections.cut(block, name, columns, module.shapes["weight"][columns], roles)}
+            style = Style.ROW
+        else:
+            block.columns.append(name)
+            cut = self.sections.cut(block, name, rows, module.shapes["weight"][rows], roles)
+            cuts = {
+                key: Cut(min(cut.dim, len(shape) - 1), cut.size, cut.ranges) for key, shape in module.shapes.items()
+            }
+            style = Style.PACKED_COLUMN if style is Style.PACKED_COLUMN else Style.COLUMN
+        self.result.modules[name] = ModulePlan(name, style, cuts, why)
+        return True
+
+    def _router_of(self, block: BlockPlan, name: str) -> str | None:
+        """The module in a mixture of experts that chooses among them and holds `name`, or is it."""
+        if block.kind is not BlockKind.SUMMED:
+            return None
+        parts = name[len(block.name) + 1 :].split(".")
+        at = next((i for i, part in enumerate(parts) if part in ROUTER_NAMES), None)
+        return None if at is None else ".".join([block.name, *parts[: at + 1]])
+
+    def _plan_parameters(self, block: BlockPlan, name: str, words: Mapping[str, Word], why: str) -> bool:
+        """A module whose parameters are planned one by one: experts [E, out, in], attention sinks [heads]."""
+        cuts, once = {}, []
+        for key, shape in self.facts.modules[name].shapes.items():
+            if key not in words:
+                return False
+            style = words[key][0]
+            if style is Style.ONCE:
+                once.append(key)
+                continue
+            column = style in (Style.COLUMN, Style.PACKED_COLUMN)
+            dim = len(shape) - 2 if column and len(shape) == 3 else len(shape) - 1
+            roles = self._roles(f"{name}.{key}")
+            if len(shape) > 1:
+                packed = "gate_up" in key or style in (Style.PACKED_COLUMN, Style.PACKED_ROW)
+                interleaved = packed and self.facts.modules[name].interleaved
+                roles = (Role.PAIRS,) if interleaved else (Role.TILES,) * (1 + packed)
+            block.has_heads |= roles[0] in (Role.QUERY, Role.KV)
+            cuts[key] = self.sections.cut(block, f"{name}.{key}", dim, shape[dim], roles)
+        style = Style.EXPERTS if name in block.experts else Style.LOCAL
+        self.result.modules[name] = ModulePlan(name, style, cuts, why, tuple(once))
+        return True
+
+    def _fits(self, block: BlockPlan, roles: tuple[Role, ...], size: int) -> bool:
+        """False if a linear of a usual name has not the model's heads, so that the name means something else here."""
+        n, kv = block.counts
+        count = {Role.QUERY: n, Role.KV: kv}.get(roles[0], 1)
+        return count > 0 and size % count == 0
+
+    def _is_norm(self, name: str) -> bool:
+        module = self.facts.modules[name]
+        return (
+            module.role == "other"
+            and all(len(shape) == 1 for shape in module.shapes.values())
+            and "weight" in module.shapes
+        )
+
+    def _projected(self, block: str, role: Role) -> int | None:
+        projection = self.facts.modules.get(f"{block}.{'q' if role is Role.QUERY else 'k'}_proj")
+        return projection.shapes["weight"][0] if projection is not None else None
+
+    def _roles(self, name: str, is_attention: bool = False) -> tuple[Role, ...]:
+        for pattern, words in self.words.roles.items():
+            if matches(pattern, name):
+                return tuple(Role(word) for word in words)
+        for pattern, words in self.family.roles.items():
+            if matches(self.facts.full_name(pattern), name):
+                return tuple(Role(word) for word in words)
+        leaf = name.rpartition(".")[2]
+        if is_attention and leaf in (
+            "gate_proj",
+            "dense",
+            "out_proj",
+        ):  # a gate of the heads' outputs, or what mixes them
+            return (Role.QUERY,)
+        if leaf == "gate_up_proj":
+            return (Role.EVEN, Role.EVEN)
+        return tuple(Role(word) for word in ROLES_BY_NAME.get(leaf, ("even",)))
+
+    def _head_counts(self, name: str, members: list[str]) -> tuple[int, int]:
+        n, kv = self.facts.heads_of(name)
+        # Latent attention expands the latent to one key and value a head.
+        return (n, n) if any(m.rpartition(".")[2] == "kv_b_proj" for m in members) else (n, kv)
