@@ -10,7 +10,6 @@ Private names it relies on, each held by a contract test:
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -22,20 +21,19 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType, DummyScheduler, DynamoBackend, recursively_apply
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 import ds_seqpar
-from ds_seqpar.comm.collectives import all_gather
 from ds_seqpar.config import KEY, SeqParConfig
-from ds_seqpar.engine import data_parallel_group
 from ds_seqpar.errors import ConfigError
 from ds_seqpar.inject import report_of
-from ds_seqpar.layers.handles import Handle
 
+from . import data_parallel
 from .wrapping import wrap
 
-__all__ = ["install", "is_on", "tp_size_of", "translate"]
+__all__ = ["WHEN_ON", "install", "is_on", "tp_size_now", "tp_size_of", "translate"]
+
+WHEN_ON: list[Callable[[], None]] = []
+"""Called whenever a config with the key was read, and when an Accelerator with one was made: hosts that were imported late."""
 
 
 def install() -> None:
@@ -65,6 +63,13 @@ def is_on(config: Mapping[str, Any] | None) -> bool:
 def tp_size_of(config: Mapping[str, Any] | None) -> int:
     """`tp_size` of a DeepSpeed config; 1 if the key is not on."""
     return SeqParConfig.from_json(config[KEY]).tp_size if config is not None and is_on(config) else 1
+
+
+def tp_size_now() -> int:
+    """`tp_size` of the DeepSpeed config that accelerate runs with; 1 if there is none, or the key is not on."""
+    if not is_initialized():
+        return 1
+    return tp_size_of(getattr(getattr(AcceleratorState(), "deepspeed_plugin", None), "deepspeed_config", None))
 
 
 def translate(config: dict[str, Any]) -> None:
@@ -102,6 +107,13 @@ def _untranslated(plugin: Any) -> bool:
 def _read_config(plain: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     plain(self, *args, **kwargs)
     translate(self.config)
+    _tell(self.config)
+
+
+def _tell(config: Mapping[str, Any] | None) -> None:
+    if tp_size_of(config) > 1:
+        for adapt in WHEN_ON:
+            adapt()
 
 
 def _make_accelerator(plain: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -116,6 +128,7 @@ def _make_accelerator(plain: Callable[..., None], self: Any, *args: Any, **kwarg
             f'the DeepSpeed config holds "{KEY}", but accelerate runs without DeepSpeed ({self.distributed_type}); start the script '
             "with a launcher (deepspeed, torchrun, accelerate launch), and unset ACCELERATE_USE_CPU or Accelerator(cpu=True)"
         )
+    _tell(getattr(getattr(self.state, "deepspeed_plugin", None), "deepspeed_config", None))
 
 
 def _tp_size(accelerator: Accelerator) -> int:
@@ -177,7 +190,7 @@ def _gather_for_metrics(
         return plain(self, input_data, use_gather_object)
     if use_gather_object or not _holds_tensors_only(input_data):
         return plain(self, input_data if self.process_index % tp_size == 0 else [], True)
-    self.gather = functools.partial(_gather_over, data_parallel_group())
+    self.gather = data_parallel.gather
     try:
         return plain(self, input_data, False)
     finally:
@@ -192,16 +205,6 @@ def _holds_tensors_only(data: Any) -> bool:
     return True
 
 
-def _gather_over(group: ProcessGroup, data: Any) -> Any:
-    """Every tensor in `data`, rows of all ranks of `group` one after the other, as accelerate's gather does over the world."""
-
-    def rows(x: Tensor) -> Tensor:
-        x = (x.materialise("gather_for_metrics") if isinstance(x, Handle) else x).detach()
-        return all_gather(x.reshape(1) if x.dim() == 0 else x, group)
-
-    return recursively_apply(rows, data, error_on_other_type=True)
-
-
 def _get_state_dict(plain: Callable[..., Any], self: Accelerator, model: Any, *args: Any, **kwargs: Any) -> Any:
     module = getattr(model, "module", model)
     return plain(self, model, *args, **kwargs) if report_of(module) is None else ds_seqpar.full_state_dict(model)
@@ -209,8 +212,7 @@ def _get_state_dict(plain: Callable[..., Any], self: Accelerator, model: Any, *a
 
 def _step_scheduler(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """accelerate steps once for each rank, because that many batches were taken; under the key, for each data-parallel rank."""
-    state = AcceleratorState()
-    tp_size = tp_size_of(getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", None))
+    state, tp_size = AcceleratorState(), tp_size_now()
     if tp_size == 1 or self.split_batches or not (self.step_with_optimizer and self.gradient_state.sync_gradients):
         return plain(self, *args, **kwargs)
     self.split_batches = True  # one step a call

@@ -22,12 +22,17 @@ from ds_seqpar.engine import ADOPTED_FORWARDS
 from ds_seqpar.errors import PlanError
 from ds_seqpar.layers.handles import ShardedLogits
 
+from . import trl_online
+from .accelerate import WHEN_ON
+
 __all__ = ["install"]
 
 
 def install() -> None:
     """Adapts TRL. Idempotent."""
     ADOPTED_FORWARDS["trl.trainer.utils", "_fused_forward"] = _sharded_fused_forward
+    if trl_online.adapt not in WHEN_ON:
+        WHEN_ON.append(trl_online.adapt)
 
 
 def _sharded_fused_forward(model: Any, fused: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,12 +21,16 @@ import trl.trainer.utils
 import trl_train
 from same_run import assert_same_files, assert_same_log, deepspeed_json
 
+from ds_seqpar_integrations import trl_online
+
 assert transformers.trainer
 STEPS: dict[str, Any] = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-3, adam_epsilon=1e-4,
     max_grad_norm=0.5, include_num_input_tokens_seen="no",
 )  # fmt: skip
 LORA = {"r": 3, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+# The groups of completions are larger than a rank's batch, so that their rewards must meet.
+ONLINE = dict(num_generations=4, max_completion_length=6, num_iterations=2)
 JOBS: dict[str, dict[str, Any]] = {
     "sft": {"trainer": "sft", "data": "text", "arguments": dict(max_length=12)},
     "packing": {"trainer": "sft", "data": "text", "rows": 24, "arguments": dict(max_length=12, packing=True)},
@@ -45,6 +49,9 @@ JOBS: dict[str, dict[str, Any]] = {
         "checkpointing": True,
     },
     "dpo": {"trainer": "dpo", "data": "preference", "arguments": dict(max_length=12, beta=0.5)},
+    "grpo": {"trainer": "grpo", "data": "prompt", "arguments": dict(**ONLINE, beta=0.1)},
+    "grpo_lora": {"trainer": "grpo", "data": "prompt", "arguments": dict(**ONLINE, beta=0.1), "lora": LORA},
+    "rloo": {"trainer": "rloo", "data": "prompt", "arguments": dict(**ONLINE, beta=0.1)},
     "dpo_lora": {"trainer": "dpo", "data": "preference", "arguments": dict(max_length=12, beta=0.5), "lora": LORA},
 }
 
@@ -68,18 +75,64 @@ def _run(world: int, job: dict[str, Any], out: Path, deepspeed: dict[str, Any] |
     )
 
 
-SLOW = {"dft", "dpo_lora", "padding_free"}
+SLOW = {"dft", "dpo_lora", "padding_free", "grpo_lora", "rloo"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in JOBS])
 def test_a_trl_trainer_on_two_ranks_is_the_one_process_run(model: str, tmp_path: Path, name: str) -> None:
     job = {"model": model, **JOBS[name]}
     alone = _run(1, job, tmp_path / "alone")[0]
+    # Rewards of DPO, and a KL divergence, are differences of log-probabilities of some tens.
+    absolute = 0.0 if job["trainer"] == "sft" else 5e-6
     for ours in _run(2, job, tmp_path / "mine", deepspeed_json()):
-        # Rewards are differences of log-probabilities of some tens.
-        assert_same_log(ours["log"], alone["log"], without=("total_flos",), absolute=5e-6 if "dpo" in name else 0.0)
-        assert not ours["gathered"], "no logits, no hidden states are gathered whole"
+        assert_same_log(ours["log"], alone["log"], without=("total_flos",), absolute=absolute)
+        _same_texts(ours["texts"], alone["texts"])
+        generating = {"TokenShard.__getitem__", "ShardedLogits.__getitem__"} if job["data"] == "prompt" else set()
+        assert set(ours["gathered"]) <= generating, "no logits, no hidden states are gathered whole in training"
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+
+def _same_texts(mine: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> None:
+    """What was generated, and what each text was found to be worth."""
+    assert (mine["prompt"], mine["completion"]) == (theirs["prompt"], theirs["completion"])
+    assert mine["advantages"] == pytest.approx(theirs["advantages"], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_grpo_on_four_ranks_groups_rewards_as_two_plain_ranks(model: str, tmp_path: Path, stage: int) -> None:
+    """A group of completions spans two data-parallel ranks; each counts once, and draws as it does without the key."""
+    job = {"model": model, **JOBS["grpo"]}
+    job["arguments"] = {**job["arguments"], "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}
+    plain = _run(2, job, tmp_path / "plain", deepspeed_json(tp_size=None))
+    for rank, ours in enumerate(_run(4, job, tmp_path / "mine", deepspeed_json(stage))):
+        theirs = plain[rank // 2]
+        assert_same_log(ours["log"], theirs["log"], without=("total_flos",), absolute=5e-6)
+        _same_texts(ours["texts"], theirs["texts"])
+        assert len(ours["texts"]["completion"]) == 4, "those of one generation"
+    assert_same_files(tmp_path / "mine" / "saved", tmp_path / "plain" / "saved", also=("lm_head.weight",))
+
+
+def _sizes(out: str) -> None:
+    import ds_seqpar
+
+    def config(kind: str = "grpo", **arguments: Any) -> Any:
+        more = {**STEPS, "num_generations": 2, "deepspeed": deepspeed_json(), **arguments}
+        return trl_train.TRAINERS[kind][0](output_dir=out, use_cpu=True, bf16=False, report_to=[], **more)
+
+    for kind in ("grpo", "rloo"):
+        for given in ({}, {"steps_per_generation": 2}, {"generation_batch_size": 2 * 2 * 2}):
+            made = config(kind, **given)
+            assert (made.generation_batch_size, made.steps_per_generation) == (8, 2), (kind, given)
+            assert made.world_size == 4
+        for option in ("use_vllm", "use_transformers_continuous_batching"):
+            with pytest.raises(ds_seqpar.ConfigError, match=f"{option}=True .* set it to False"):
+                config(kind, **{option: True})
+    with pytest.raises(ValueError, match=r"divisible by the global batch size \(4\)"):
+        config(generation_batch_size=6)
+
+
+def test_generation_batches_are_sized_over_the_data_parallel_ranks(tmp_path: Path) -> None:
+    run_ranks(4, _sizes, str(tmp_path), timeout=60)
 
 
 @pytest.mark.slow
@@ -143,3 +196,23 @@ def test_trl_still_keeps_the_forward_that_is_adopted(model: str) -> None:
     assert {"cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"} <= set(settings)
     fields = set(trl.trainer.utils.FusedCausalLMOutput.__dataclass_fields__)
     assert {"loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"} <= fields
+
+
+@pytest.mark.parametrize("name", trl_online.TRAINERS)
+def test_trl_still_keeps_what_is_counted_over_data_parallel_ranks(name: str) -> None:
+    """The names in the adapter's docstring, and what they do there."""
+    import importlib
+    import inspect
+
+    config, trainer = trl_online.TRAINERS[name]
+    init = inspect.getsource(getattr(importlib.import_module(f"trl.trainer.{name}_config"), config).__post_init__)
+    assert init.count("self.world_size") == 1, (
+        f"{config}.__post_init__ reads world_size once, before the sizes are known"
+    )
+    assert init.index("self.world_size") < init.index("self.steps_per_generation")
+    module = importlib.import_module(f"trl.trainer.{name}_trainer")
+    source = inspect.getsource(inspect.unwrap(getattr(module, trainer)._generate_and_score_completions))
+    assert "self.accelerator.process_index * len(prompts)" in source and "self._calculate_rewards(" in source
+    assert "rewards_per_func = gather(" in inspect.getsource(getattr(module, trainer)._calculate_rewards)
+    assert "self.accelerator.reduce(" in inspect.getsource(inspect.unwrap(getattr(module, trainer)._compute_loss))
+    assert "set_seed(args.seed, device_specific=True)" in inspect.getsource(getattr(module, trainer).__init__)

@@ -1,4 +1,4 @@
-"""A user's own TRL script: SFTTrainer or DPOTrainer with a DeepSpeed JSON, nothing else."""
+"""A user's own TRL script: a trainer of TRL with a DeepSpeed JSON, nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+TRAINERS: dict[str, tuple[Any, Any]] = {
+    "sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer), "grpo": (GRPOConfig, GRPOTrainer),
+    "rloo": (RLOOConfig, RLOOTrainer),
+}  # fmt: skip
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(98))]
 
@@ -29,6 +43,8 @@ def _text(start: int, count: int) -> str:
 def rows(kind: str, count: int) -> Dataset:
     if kind == "text":
         return Dataset.from_list([{"text": _text(i, 4 + i % 5)} for i in range(count)])
+    if kind == "prompt":
+        return Dataset.from_list([{"prompt": _text(i, 3 + i % 2)} for i in range(count)])
     if kind == "completion":
         return Dataset.from_list(
             [{"prompt": _text(i, 3 + i % 2) + " ", "completion": _text(i + 3, 2 + i % 4)} for i in range(count)]
@@ -41,10 +57,18 @@ def rows(kind: str, count: int) -> Dataset:
     )
 
 
+def reward(prompts: list[str], completions: list[str], **more: Any) -> list[float]:
+    """Something that differs between the completions of a prompt."""
+    return [
+        sum((ord(c) * (i + 1)) % 13 for i, c in enumerate(text)) % 17 / 5 + len(prompt) / 10
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+
+
 def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Trains as `job` says: {"model": folder, "trainer": "sft"|"dpo", "data": kind, "arguments": {...}, "lora": {...}}."""
+    """Trains as `job` says: {"model": folder, "trainer": name, "data": kind, "arguments": {...}, "lora": {...}}."""
     logging.set_verbosity_error()
-    kind, trainer_class = (SFTConfig, SFTTrainer) if job["trainer"] == "sft" else (DPOConfig, DPOTrainer)
+    kind, trainer_class = TRAINERS[job["trainer"]]
     arguments = kind(
         output_dir=str(out / "trainer"), use_cpu=True, bf16=False, report_to=[], logging_steps=1, disable_tqdm=True, seed=7,
         save_strategy="no", gradient_checkpointing=job.get("checkpointing", False), **job["arguments"],
@@ -58,12 +82,15 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
         more["peft_config"] = LoraConfig(**job["lora"])
     elif job["trainer"] == "dpo":
         more["ref_model"] = AutoModelForCausalLM.from_pretrained(job["model"])
+    if job["trainer"] in ("grpo", "rloo"):
+        more["reward_funcs"] = reward
     trainer = trainer_class(
         model=model, args=arguments, train_dataset=rows(job["data"], job.get("rows", 8)), processing_class=tokenizer(), **more
     )  # fmt: skip
     trainer.train()
     trainer.save_model(str(out / "saved"))
-    drop = ("second", "runtime")
+    drop = ("second", "runtime", "step_time")
     log = [{k: v for k, v in entry.items() if not any(x in k for x in drop)} for entry in trainer.state.log_history]
     report = getattr(trainer.model_wrapped, "seqpar_report", None)
-    return {"log": log, "gathered": dict(report.materialised) if report is not None else {}}
+    texts = {name: list(getattr(trainer, "_logs", {}).get(name, ())) for name in ("prompt", "completion", "advantages")}
+    return {"log": log, "texts": texts, "gathered": dict(report.materialised) if report is not None else {}}

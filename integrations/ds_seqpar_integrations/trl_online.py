@@ -1,0 +1,101 @@
+"""TRL's trainers that generate while they train (GRPO, RLOO): what they count over ranks is counted over data-parallel ones.
+
+They deal prompts, group rewards and take their slice of the advantages by process, so that the ranks of a tensor-parallel
+group must be one process to them. TRL is imported by whoever uses it, never here: its classes are adapted once they are there.
+
+Private names it relies on, each held by a contract test:
+`GRPOConfig.__post_init__`, `GRPOTrainer._generate_and_score_completions`, `GRPOTrainer._compute_loss`,
+`gather`, `gather_object` and `set_seed` of `trl.trainer.grpo_trainer`, and the same of RLOO.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ds_seqpar.config import KEY
+from ds_seqpar.errors import ConfigError
+
+from . import data_parallel
+from .accelerate import tp_size_now, tp_size_of
+from .wrapping import wrap
+
+__all__ = ["adapt"]
+
+TRAINERS = {"grpo": ("GRPOConfig", "GRPOTrainer"), "rloo": ("RLOOConfig", "RLOOTrainer")}
+
+
+def adapt() -> None:
+    """Adapts what of these trainers has been imported. Idempotent."""
+    for name, (config, trainer) in TRAINERS.items():
+        of_config = sys.modules.get(f"trl.trainer.{name}_config")
+        if hasattr(of_config, config):
+            _count_shares(getattr(of_config, config))
+        module = sys.modules.get(f"trl.trainer.{name}_trainer")
+        if hasattr(module, trainer):
+            for method in ("_generate_and_score_completions", "_compute_loss"):
+                wrap(getattr(module, trainer), method, _seen_by_shares)
+            wrap(module, "gather", _gather)
+            wrap(module, "gather_object", _gather_object)
+            wrap(module, "set_seed", _set_seed)
+
+
+def _count_shares(config: Any) -> None:
+    """The config sizes its generation batch by `world_size`, which it reads before both of its two sizes are known."""
+    plain: property = config.world_size
+    if getattr(plain.fget, "_knows_ds_seqpar", False):
+        return
+
+    def world_size(self: Any) -> int:
+        ranks = int(plain.fget(self))  # type: ignore[misc]
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            return ranks
+        tp_size = tp_size_of(getattr(getattr(self, "deepspeed_plugin", None), "deepspeed_config", None))
+        if tp_size > 1:
+            _refuse(self)
+        return ranks // tp_size
+
+    world_size._knows_ds_seqpar = True  # type: ignore[attr-defined]
+    config.world_size = property(world_size, doc=plain.__doc__)
+
+
+def _refuse(config: Any) -> None:
+    for option, why in (
+        ("use_vllm", "hands vLLM whole weights, which no rank holds"),
+        ("use_transformers_continuous_batching", "keeps a paged cache of all heads, of which a rank holds its own"),
+    ):
+        if getattr(config, option, False):
+            raise ConfigError(
+                f'{option}=True {why} under "{KEY}"; set it to False: the sharded model generates by itself'
+            )
+
+
+def _seen_by_shares(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    tp_size = self.get_tp_size()
+    if tp_size == 1:
+        return plain(self, *args, **kwargs)
+    accelerator, self.accelerator = self.accelerator, data_parallel.DataParallelView(self.accelerator, tp_size)
+    try:
+        return plain(self, *args, **kwargs)
+    finally:
+        self.accelerator = accelerator
+
+
+def _gather(plain: Callable[..., Any], data: Any) -> Any:
+    return plain(data) if tp_size_now() == 1 else data_parallel.gather(data)
+
+
+def _gather_object(plain: Callable[..., Any], objects: Any) -> Any:
+    return plain(objects) if tp_size_now() == 1 else data_parallel.gather_object(objects)
+
+
+def _set_seed(plain: Callable[..., None], seed: int, device_specific: bool = False, **options: Any) -> None:
+    """Ranks of a group draw alike: a seed "for each device" is one for each data-parallel rank."""
+    tp_size = tp_size_now()
+    if not device_specific or tp_size == 1:
+        plain(seed, device_specific, **options)
+        return
+    from accelerate.state import PartialState
+
+    plain(seed + PartialState().process_index // tp_size, False, **options)
