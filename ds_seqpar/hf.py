@@ -14,8 +14,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -190,16 +193,7 @@ def loading_parts(prepare: Callable[[PreTrainedModel, list[str]], PartialLoad]) 
         if load_config.hf_quantizer is not None or "disk" in (load_config.device_map or {}).values():
             raise CheckpointError("a quantized or disk-offloaded model cannot be read in parts; load it without")
         partial = prepare(model, [str(f) for f in checkpoint_files])
-        mapping = load_config.weight_mapping or []
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        known = model.state_dict()
-        for key, tensor in partial.tensors.items():
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-            if name not in known and key in known:
-                name, pattern = key, None
-            if pattern is None:
-                partial.place(tensor, name)
+        _place(model, partial, load_config.weight_mapping or [])
 
         def set_param(model: Any, name: str, value: Tensor, *rest: Any) -> None:
             plain_set(model, name, partial.part(name, value), *rest)
@@ -232,6 +226,43 @@ def loading_parts(prepare: Callable[[PreTrainedModel, list[str]], PartialLoad]) 
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = background
 
 
+def _place(model: PreTrainedModel, partial: PartialLoad, mapping: list[Any]) -> None:
+    """Tells `partial` which tensor of the files becomes which parameter, by transformers' own rules."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    known = model.state_dict()
+    sources: dict[str, dict[str, list[str]]] = {}
+    for key, tensor in sorted(partial.tensors.items(), key=lambda item: dot_natural_key(item[0])):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and key in known:
+            name, pattern = key, None
+        if pattern is None:
+            partial.place(tensor, name)
+        else:
+            sources.setdefault(name, {}).setdefault(pattern, []).append(key)
+    for name, keys in sources.items():
+        converter = of_pattern[next(iter(keys))]
+        dim = _merged_in(converter)
+        renamed = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if dim is not None and keys.keys() == set(converter.source_patterns) and renamed == (name, None):
+            partial.merge(name, [keys[pattern] for pattern in converter.source_patterns], dim)
+
+
+def _merged_in(converter: WeightConverter) -> int | None:
+    """The dimension in which a conversion puts stacks of tensors side by side; None if it does anything else."""
+    kinds = [type(operation) for operation in converter.operations]
+    if len(converter.target_patterns) > 1 or kinds[:1] != [MergeModulelist] or converter.operations[0].dim != 0:
+        return None
+    if kinds == [MergeModulelist]:
+        return 1 if len(converter.source_patterns) == 1 else None
+    return (
+        converter.operations[1].dim
+        if kinds == [MergeModulelist, Concatenate] and converter.operations[1].dim > 0
+        else None
+    )
+
+
 class PartialLoad(Protocol):
     """What is read of a checkpoint."""
 
@@ -243,6 +274,9 @@ class PartialLoad(Protocol):
 
     def place(self, tensor: Any, name: str) -> None:
         """Told that a tensor of the file becomes parameter `name` as it is, before it is read."""
+
+    def merge(self, name: str, keys: list[list[str]], dim: int) -> None:
+        """Told that the stacks of these tensors, side by side in `dim`, become parameter `name`; may replace them by one tensor."""
 
     def part(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of what was read or made for a parameter."""

@@ -6,7 +6,8 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..plan.cuts import Cut
 
-__all__ = ["DTYPE_NAMES", "LazyTensor", "PickledFile", "SafetensorsFile", "WeightFile", "as_bytes", "lazy_tensors"]
+__all__ = [
+    "DTYPE_NAMES", "LazyTensor", "MergedTensor", "PickledFile", "SafetensorsFile", "WeightFile", "as_bytes", "lazy_tensors",
+]  # fmt: skip
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -153,6 +156,77 @@ class LazyTensor:
             if not count:
                 raise CheckpointError(f"{self.path} is truncated")
             into, offset = into[count:], offset + count
+
+
+@dataclass
+class MergedTensor:
+    """Tensors of a file that are one tensor of the model, as experts are: stacked in dimension 0, the stacks side by side in `dim`.
+
+        stacks[i][e] [n_i, ...] -> the whole [E, sum of n_i, ...] for dim 1; `tensor[...]` reads this rank's part of it
+
+    Beside the result one source's part is in memory.
+    """
+
+    stacks: list[list[LazyTensor]]
+    dim: int = 1
+    cut: Cut | None = None
+    rank: int = 0
+
+    def get_shape(self) -> list[int]:
+        """Of the whole."""
+        shape = [len(self.stacks[0]), *self.stacks[0][0].shape]
+        shape[self.dim] = sum(stack[0].shape[self.dim - 1] for stack in self.stacks)
+        return shape
+
+    def get_dtype(self) -> str:
+        """In the words of the safetensors format."""
+        return self.stacks[0][0].get_dtype()
+
+    @property
+    def fits(self) -> bool:
+        """False if it cannot be read so: sources of different shapes, or a cut that runs through the stacked dimension."""
+        first = self.stacks[0]
+        if not first or any(len(stack) != len(first) for stack in self.stacks) or self.dim > len(first[0].shape):
+            return False
+        for stack in self.stacks:
+            if any(x.shape != stack[0].shape or x.dtype != first[0].dtype for x in stack):
+                return False
+            if any(a != b for d, (a, b) in enumerate(zip(stack[0].shape, first[0].shape)) if d != self.dim - 1):
+                return False
+        if self.cut is None:
+            return True
+        ranges = self.cut.ranges[self.rank]
+        return self.cut.dim > 0 and all(a[1] <= b[0] for a, b in pairwise(ranges))
+
+    def __getitem__(self, index: object) -> Tensor:
+        shape = self.get_shape()
+        if self.cut is not None:
+            if shape[self.cut.dim] != self.cut.size:
+                raise CheckpointError(
+                    f"{self.stacks[0][0].path}: dimension {self.cut.dim} of {shape} should be {self.cut.size}"
+                )
+            shape[self.cut.dim] = self.cut.local_size(self.rank)
+        result = torch.empty(shape, dtype=self.stacks[0][0].dtype)
+        begin = place = 0
+        for stack in self.stacks:
+            size = stack[0].shape[self.dim - 1]
+            part = self._part(begin, size)
+            held = size if part is None or part.dim != self.dim - 1 else part.local_size(0)
+            for expert, source in enumerate(stack):
+                mine = replace(source, cut=part, rank=0)
+                result[expert].narrow(self.dim - 1, place, held).copy_(mine[index])
+            begin, place = begin + size, place + held
+        return result
+
+    def _part(self, begin: int, size: int) -> Cut | None:
+        """What is read of each source of a stack that lies at `begin` of the whole."""
+        if self.cut is None:
+            return None
+        ranges = self.cut.ranges[self.rank]
+        if self.cut.dim != self.dim:
+            return Cut(self.cut.dim - 1, self.cut.size, (ranges,))
+        inside = ((max(start - begin, 0), min(stop - begin, size)) for start, stop in ranges)
+        return Cut(self.dim - 1, size, (tuple((a, b) for a, b in inside if a < b),))
 
 
 def lazy_tensors(path: Path) -> dict[str, LazyTensor]:

@@ -17,7 +17,7 @@ from ..groups import ParallelGroups
 from ..hf import auto_from_pretrained, describe, loading_parts
 from ..inject import PartlyLoaded, planned_cuts
 from ..plan.cuts import Cut
-from .files import LazyTensor, lazy_tensors
+from .files import LazyTensor, MergedTensor, lazy_tensors
 from .gathering import part_of
 
 __all__ = ["from_pretrained", "loading"]
@@ -72,7 +72,7 @@ class _Parts:
         self._rank = groups.tp_rank
         self._placed: set[str] = set()
         self.cut_names = set(self._cuts)
-        self._tensors: dict[str, LazyTensor] = {}
+        self._tensors: dict[str, LazyTensor | MergedTensor] = {}
         for file in files:
             self._tensors |= lazy_tensors(Path(file))
         done: set[int] = set()
@@ -88,8 +88,18 @@ class _Parts:
             vars(model)[call] = _refusal(call)
 
     @property
-    def tensors(self) -> dict[str, LazyTensor]:
+    def tensors(self) -> dict[str, LazyTensor | MergedTensor]:
         return self._tensors
+
+    def merge(self, name: str, keys: list[list[str]], dim: int) -> None:
+        stacks = [[self._tensors[key] for key in stack] for stack in keys]
+        merged = MergedTensor(stacks, dim, self._cuts.get(name), self._rank)  # type: ignore[arg-type]  # merged once
+        if merged.fits:
+            for stack in keys:
+                for key in stack:
+                    del self._tensors[key]
+            self._tensors[name] = merged
+            self._placed.add(name)
 
     def place(self, tensor: LazyTensor, name: str) -> None:
         cut = self._cuts.get(name)
