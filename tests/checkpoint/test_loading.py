@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import ds_seqpar
 from ds_seqpar.checkpoint.files import SafetensorsFile
+from ds_seqpar.hf import as_saved
 
 
 def _config(tp: int, stage: int = 1, **more: Any) -> dict[str, Any]:
@@ -97,15 +98,15 @@ def test_loaded_in_parts_equals_loaded_whole_at_other_sizes(tmp_path: Path, tp: 
     assert not [w for ws in run_ranks(world, _two_ways, _saved(tmp_path, families), tp, stage, "function") for w in ws]
 
 
-def _write_checkpoint(folder: Path, **sizes: Any) -> int:
-    """A llama of bf16 weights, each tensor counting up in its own way, written without ever being in memory; its bytes."""
-    config = AutoConfig.for_model("llama", dtype="bfloat16", tie_word_embeddings=False, **sizes)
+def _write_checkpoint(folder: Path, model_type: str = "llama", **sizes: Any) -> int:
+    """A model of bf16 weights, each tensor counting up in its own way, written without ever being in memory; its bytes."""
+    config = AutoConfig.for_model(model_type, dtype="bfloat16", tie_word_embeddings=False, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [type(model).__name__]
     folder.mkdir()
     config.save_pretrained(folder)
-    tensors = {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
+    tensors = as_saved(model, {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()})
     names, weight_map = list(tensors), {}
     for i in range(0, len(names), 40):
         part = {name: tensors[name] for name in names[i : i + 40]}
@@ -120,6 +121,19 @@ def _write_checkpoint(folder: Path, **sizes: Any) -> int:
 
 def _pattern(seed: int, shape: torch.Size) -> torch.Tensor:
     return ((torch.arange(shape.numel(), dtype=torch.int32) * 7 + seed) % 251).to(torch.bfloat16).view(shape)
+
+
+def _expected(name: str, shape: torch.Size, names: list[str]) -> torch.Tensor:
+    """A whole parameter, from the patterns of the tensors in the files that become it."""
+    if name in names:
+        return _pattern(names.index(name), shape)
+    layer, _, which = name.rpartition(".experts.")
+    parts = ("gate_proj", "up_proj") if which == "gate_up_proj" else (which,)
+    size = torch.Size((shape[1] // len(parts), shape[2]))
+    each = [
+        [_pattern(names.index(f"{layer}.experts.{e}.{part}.weight"), size) for part in parts] for e in range(shape[0])
+    ]
+    return torch.stack([torch.cat(expert) for expert in each])
 
 
 def _measure(folder: str, tp: int, names: list[str]) -> dict[str, Any]:
@@ -142,45 +156,64 @@ def _measure(folder: str, tp: int, names: list[str]) -> dict[str, Any]:
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(models[0].config).state_dict()
     cuts = ds_seqpar.checkpoint.loading.planned_cuts(models[0].seqpar_loaded.facts, tp)
-    for name in list(whole)[:: max(1, len(whole) // 12)]:
-        expected = _pattern(names.index(name), whole[name].shape)
+    experts = [name for name in whole if ".experts." in name]
+    for name in [*list(whole)[:: max(1, len(whole) // 12)], *experts[-2:]]:
+        expected = _expected(name, whole[name].shape, names)
         if name in cuts:
             expected = ds_seqpar.checkpoint.loading.part_of(expected, cuts[name], dist.get_rank())
         assert torch.equal(parameters[name], expected), name
     return {"shard": sum(sizes), "largest": max(sizes), "read": reading[0], "growth": growth}
 
 
-def _check_measures(tmp_path: Path, tp: int, least: float, **sizes: Any) -> None:
-    total = _write_checkpoint(tmp_path / "big", **sizes)
-    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
-    _write_checkpoint(tmp_path / "big-tiny", **small)
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    vocab_size=64,
+)
+
+
+def _check_measures(tmp_path: Path, tp: int, least: float, model_type: str, **sizes: Any) -> None:
+    total = _write_checkpoint(tmp_path / "big", model_type, **sizes)
+    few = {
+        name: 2 if name == "num_experts" else 8 for name in sizes if name in ("num_experts", "moe_intermediate_size")
+    }
+    _write_checkpoint(tmp_path / "big-tiny", model_type, **TINY, **few)
     assert total > least
     index = json.loads((tmp_path / "big" / "model.safetensors.index.json").read_text())
     for rank, found in enumerate(
         run_ranks(tp, _measure, str(tmp_path / "big"), tp, list(index["weight_map"]), timeout=1200)
     ):
-        print(f"tp {tp}, rank {rank}: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in found.items()))
+        measured = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in found.items())
+        print(f"load: {model_type} of {total / 1e6:.0f} MB, tp {tp}, rank {rank}: {measured}")
         assert found["shard"] < total / tp * 1.02
         assert found["read"] <= 1.05 * found["shard"], found
         # One tensor beside the parts; a few megabytes are Python's, for a model of any size.
         assert found["growth"] <= found["shard"] + found["largest"] + 12e6, found
 
 
-@pytest.mark.parametrize("tp", [2])
-def test_a_rank_reads_and_holds_its_part_alone(tmp_path: Path, tp: int) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_rank_reads_and_holds_its_part_alone(tmp_path: Path, model_type: str) -> None:
     sizes = dict(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=8
     )
-    _check_measures(tmp_path, tp, 2e8, vocab_size=8192, **sizes)
+    if model_type == "qwen3_moe":
+        sizes |= dict(num_experts=8, moe_intermediate_size=256, num_experts_per_tok=2, head_dim=64)
+    _check_measures(tmp_path, 2, 1.5e8, model_type, vocab_size=8192, **sizes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 4])
-def test_a_rank_reads_and_holds_its_part_alone_of_gigabytes(tmp_path: Path, tp: int) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_rank_reads_and_holds_its_part_alone_of_gigabytes(tmp_path: Path, tp: int, model_type: str) -> None:
     sizes = dict(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=8, num_attention_heads=32, num_key_value_heads=8
     )
-    _check_measures(tmp_path, tp, 3e9, vocab_size=32000, **sizes)
+    if model_type == "qwen3_moe":
+        sizes |= dict(num_experts=16, moe_intermediate_size=1024, num_experts_per_tok=2, head_dim=128)
+    _check_measures(tmp_path, tp, 3e9, model_type, vocab_size=32000, **sizes)
 
 
 def _refused(folder: str) -> dict[str, str]:
