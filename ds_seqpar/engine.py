@@ -136,9 +136,8 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         report.remarks.append(f"attention: SDPA takes cuDNN's kernel first, from {LEAST_TOKENS_FOR_CUDNN} tokens on")
     if own_forward is not None:
         hf_model.forward = own_forward
-    _tag(hf_model, report, groups)
+    _tag(model, groups)
     if model is not hf_model:
-        model.ds_autotp_parsed = True  # type: ignore[assignment]
         see_through(model)
         _refuse_on_wrapper(model)
     if comm.get_rank() == 0:
@@ -327,19 +326,18 @@ def data_parallel_group() -> ProcessGroup:
     return ds_groups.get_data_parallel_group()  # type: ignore[no-any-return]
 
 
-def _tag(model: nn.Module, report: Report, groups: ParallelGroups) -> None:
+def _tag(model: nn.Module, groups: ParallelGroups) -> None:
     """Tells DeepSpeed what it must know of the shards: whose norm counts, how they become whole, what ZeRO-3 fetches at once."""
-    model.ds_autotp_parsed = True  # type: ignore[assignment]
-    entries = report.parameters()
-    by_identity = {id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)}
-    maps = {
-        name: affine_map(entries[name].shape, entries[name].cut, groups.tp_size) for name, _ in model.named_parameters()
-    }
+    model.ds_autotp_parsed = require_model(model).ds_autotp_parsed = True  # type: ignore[assignment]
+    by_identity: dict[int, ParameterEntry] = require_model(model).seqpar.entries
+    named = dict(model.named_parameters())
+    entries = {name: by_identity[id(p)] for name, p in named.items()}
+    maps = {name: affine_map(entry.shape, entry.cut, groups.tp_size) for name, entry in entries.items()}
     model.universal_checkpoint_info = {  # type: ignore[assignment]
         UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE,
         AFFINE_MAP: {AFFINE_MAP_VERSION: AFFINE_MAP_FORMAT_VERSION, AFFINE_MAP_PARAMS: affine_maps(maps)},
     }
-    for name, parameter in model.named_parameters():
+    for name, parameter in named.items():
         setattr(parameter, DS_AUTOTP_UC_META, {"conversion": {"affine_map": maps[name]}})
         cut = by_identity[id(parameter)].cut
         if cut is None:
@@ -395,7 +393,9 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
 
     engine.step = step
     engine.save_checkpoint = _around(save_checkpoint, engine, engine.save_checkpoint)
-    engine.load_checkpoint = _around(load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES)
+    engine.load_checkpoint = _around(
+        load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES, write=_write_local
+    )
     engine.save_16bit_model = engine.save_fp16_model = _around(_save_16bit_model, engine, engine.save_16bit_model)
 
 
@@ -460,6 +460,12 @@ def whole_parameter(parameter: nn.Parameter, entry: ParameterEntry, groups: Para
         data = parameter.detach()
         whole = data.clone() if entry.cut is None else gather_parameter(data, entry.cut, groups.tp_group)
     return whole
+
+
+def _write_local(parameter: nn.Parameter, local: Tensor) -> None:
+    """This rank's part into a parameter; every rank that shares a ZeRO-3 partition calls with the same. Collective at ZeRO-3."""
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+        parameter.data.copy_(local)
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:

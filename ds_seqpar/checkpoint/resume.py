@@ -14,12 +14,13 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..hf import require_model, write_config
@@ -29,6 +30,7 @@ from . import manifest as manifests
 from . import universal
 from .manifest import CONFIG_FOLDER, IDENTITY_KEY, MANIFEST
 from .rendezvous import agreed, everyones, from_first_rank, meet
+from .restoring import restore_frozen, restore_optimizer
 
 __all__ = ["load_checkpoint", "recover", "safe_reading", "save_checkpoint"]
 
@@ -111,6 +113,7 @@ def load_checkpoint(
     custom_load_fn: Callable[..., Any] | None = None,
     *,
     safe_classes: Sequence[Any] = (),
+    write: Callable[[nn.Parameter, Tensor], None],
 ) -> tuple[str | None, dict[str, Any] | None]:
     """DeepSpeed's `load_checkpoint` (`plain`) of a checkpoint that fits this run. Call it on all ranks.
 
@@ -133,7 +136,7 @@ def load_checkpoint(
     )
     if engine.load_universal_checkpoint():
         with safe_reading(safe_classes):
-            return _load_universal(engine, plain, Path(load_dir).resolve(), tag, options)
+            return _load_universal(engine, plain, Path(load_dir).resolve(), tag, options, write)
     found: Any = None
     what = f"no checkpoint was loaded from {load_dir}"
     with agreed(what, group):
@@ -164,13 +167,16 @@ def load_checkpoint(
 
 
 def _load_universal(
-    engine: Any, plain: Plain, load_dir: Path, tag: str | None, options: dict[str, Any]
-) -> tuple[str | None, dict[str, Any] | None]:
+    engine: Any, plain: Plain, load_dir: Path, tag: str | None, options: dict[str, Any],
+    write: Callable[[nn.Parameter, Tensor], None],
+) -> tuple[str | None, dict[str, Any] | None]:  # fmt: skip
     """Weights, optimizer, schedule and counters of a run of any size and ZeRO stage; random states stay this run's."""
     state: ShardingState = require_model(engine.module).seqpar
     group = state.groups.world_cpu_group
-    trained = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    frozen = sum(not p.requires_grad for p in engine.module.parameters())
+    named = dict(engine.module.named_parameters())
+    frozen = {name: p for name, p in named.items() if not p.requires_grad}
+    whole = options["load_optimizer_states"] and not options["load_module_only"]
+    stage = engine.zero_optimization_stage()
     folder = load_dir
     with agreed(f"no checkpoint was loaded from {load_dir}", group):
         if dist.get_rank() == 0:
@@ -178,22 +184,42 @@ def _load_universal(
             if found is None:
                 raise CheckpointError(f"{load_dir} has no {LATEST}_universal, and no tag was given")
             folder = load_dir / str(found)
-            saved = universal.require_universal(folder, _identity(engine), trained)
+            saved = universal.require_universal(folder, _identity(engine), named.keys() - frozen.keys())
             universal.complete(folder, saved)
-            if options["load_optimizer_states"] and not options["load_module_only"]:
-                universal.require_groups(folder, len(engine.optimizer.param_groups))
-            if frozen:
-                logging.getLogger("ds_seqpar").warning(
-                    "universal checkpoints hold what the optimizer trains: %d frozen parameters keep the values they have",
-                    frozen,
+            if stage == 0 and not whole:
+                raise CheckpointError(
+                    f"{folder} is a universal checkpoint, which ZeRO stage 0 loads with the optimizer's states only; leave out "
+                    "load_optimizer_states=False and load_module_only=True"
                 )
+            if whole:
+                universal.require_groups(folder, len(engine.optimizer.param_groups))
     folder = from_first_rank(folder, group)
-    path, client_state = plain(str(folder.parent), tag=folder.name, **options)
-    if options["load_optimizer_states"] and not options["load_module_only"] and engine.zero_optimization_stage() == 3:
+    with _without_optimizer(engine, options) if stage == 0 else nullcontext():
+        path, client_state = plain(str(folder.parent), tag=folder.name, **options)
+    if stage == 0:
+        restore_optimizer(engine, folder, state)
+    elif stage == 3 and whole:
         universal.repair_optimizer(engine.optimizer.optimizer, folder)
+    lost = restore_frozen(frozen, folder, state, write)
+    if lost and dist.get_rank() == 0:
+        logging.getLogger("ds_seqpar").warning(
+            "%s was saved with exclude_frozen_parameters: %d frozen parameters keep the values they have (%s, ...)",
+            folder, len(lost), lost[0],
+        )  # fmt: skip
     state.generation += 1
     (client_state or {}).pop(IDENTITY_KEY, None)
     return path, client_state
+
+
+@contextmanager
+def _without_optimizer(engine: Any, options: dict[str, Any]) -> Iterator[None]:
+    """DeepSpeed reads schedule and counters of a universal checkpoint at ZeRO stage 0, but knows nothing of its optimizer."""
+    options["load_optimizer_states"] = False
+    engine.optimizer.update_lp_params = lambda: None
+    try:
+        yield
+    finally:
+        del engine.optimizer.update_lp_params
 
 
 def recover(target: Path) -> None:
@@ -254,10 +280,9 @@ def _refuse_unfit(engine: Any, client_state: dict[str, Any]) -> None:
 def _identity(engine: Any) -> dict[str, Any]:
     """What the manifest says of the run, the same on every rank."""
     report: Report = engine.seqpar_report
-    dtypes = {
-        name: str(p.dtype).removeprefix("torch.")
-        for name, p in require_model(engine.module).named_parameters(remove_duplicate=False)
-    }
+    entries = require_model(engine.module).seqpar.entries
+    named = dict(engine.module.named_parameters(remove_duplicate=False))
+    dtypes = {name: str(p.dtype).removeprefix("torch.") for name, p in named.items()}
     return {
         "format": manifests.FORMAT,
         "model_type": report.model_type,
@@ -266,7 +291,9 @@ def _identity(engine: Any) -> dict[str, Any]:
         "zero_stage": int(engine.zero_optimization_stage()),
         "dtype": "bfloat16" if engine.bfloat16_enabled() else "float16" if engine.fp16_enabled() else "float32",
         "global_steps": engine.global_steps,
-        "parameters": manifests.describe_parameters(report.parameters(), dtypes),
+        "wrapper": None if engine.module is require_model(engine.module) else type(engine.module).__name__,
+        "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
+        "parameters": manifests.describe_parameters({n: entries[id(p)] for n, p in named.items()}, dtypes),
     }
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..errors import CheckpointError
 from ..plan.cuts import Cut
 from . import manifest as manifests
 from .manifest import IDENTITY_KEY
+from .saved import SavedModules, SavedPartitions
 
 __all__ = ["affine_map", "affine_maps", "complete", "repair_optimizer", "require_groups", "require_universal"]
 
@@ -71,16 +72,18 @@ def affine_maps(maps: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     return patterns
 
 
-def require_universal(folder: Path, here: Mapping[str, Any], trained: list[str]) -> dict[str, Any]:
-    """Checks a folder that ds_to_universal wrote against the running model; returns what it says of itself.
+def require_universal(folder: Path, here: Mapping[str, Any], trained: Iterable[str]) -> dict[str, Any]:
+    """Checks a folder that ds_to_universal wrote against the running model, of which `trained` has an optimizer's state.
+
+    Returns what the folder says of itself.
 
     Raises CheckpointError naming what is missing or differs.
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no universal checkpoint {folder}")
-    if here["zero_stage"] == 0:
+    if here["zero_stage"] == 0 and here["dtype"] == "float16":
         raise CheckpointError(
-            f"{folder} is a universal checkpoint, which DeepSpeed cannot load at ZeRO stage 0; use stage 1, 2 or 3"
+            f"{folder} is a universal checkpoint, which holds no loss scale for fp16 at ZeRO stage 0; use stage 1, 2 or 3, or bf16"
         )
     sources = sorted(folder.glob("*mp_rank_00_model_states.pt"))
     if not sources:
@@ -113,6 +116,7 @@ def complete(folder: Path, saved: Mapping[str, Any]) -> None:
     optimizer = torch.load(zero / OPTIMIZER, map_location="cpu")
     nested = optimizer.get("optimizer_state_dict") or {}
     steps = [s["step"] for s in nested.get("state", {}).values() if "step" in s]
+    _write_frozen(folder, saved)
     for name, described in saved["parameters"].items():
         shape = described["shape"]
         for state in ("fp32", *MOMENTS):
@@ -141,6 +145,18 @@ def complete(folder: Path, saved: Mapping[str, Any]) -> None:
             for other in (folder / found[1], folder / f"zero_pp_rank_0_{found[1]}"):
                 _link(path, other)
     (zero / COMPLETE).touch()
+
+
+def _write_frozen(folder: Path, saved: Mapping[str, Any]) -> None:
+    """What was frozen, whole: the converter leaves it out, or (up to stage 2) writes the part of one rank."""
+    if not saved["frozen"]:
+        return
+    stage_3 = saved["zero_stage"] == 3
+    source = SavedPartitions(folder, saved, frozen_only=True) if stage_3 else SavedModules(folder, saved)
+    for name in saved["frozen"]:
+        if source.has(name):
+            (folder / "zero" / name).mkdir(exist_ok=True)
+            _replace(folder / "zero" / name / "fp32.pt", {"param": source.tensor(name).clone()})
 
 
 def require_groups(folder: Path, count: int) -> None:

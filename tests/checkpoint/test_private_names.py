@@ -11,6 +11,8 @@ import pytest
 import torch
 from deepspeed.checkpoint import constants, universal_checkpoint
 from deepspeed.checkpoint.affine import AFFINE_MAP_FORMAT_VERSION
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from transformers import PreTrainedModel, core_model_loading
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -30,6 +32,25 @@ def test_deepspeed_reads_affine_maps() -> None:
     source = inspect.getsource(universal_checkpoint._resolve_autotp_partition)
     assert "meta.get('conversion', {}).get('affine_map')" in source
     assert "DS_AUTOTP_UC_META" in inspect.getsource(universal_checkpoint._get_param_uc_restore_meta)
+
+
+def test_deepspeed_reads_a_universal_checkpoint_at_stage_0_but_for_its_optimizer() -> None:
+    assert "self.optimizer.update_lp_params()" in inspect.getsource(deepspeed.DeepSpeedEngine.load_checkpoint)
+    source = inspect.getsource(deepspeed.DeepSpeedEngine._load_checkpoint)
+    assert "if not self.load_universal_checkpoint():\n            self.load_module_state_dict(" in source
+    assert "self.fp32_groups_flat" in inspect.getsource(FP16_Optimizer)
+    unfused = inspect.getsource(FP16_UnfusedOptimizer)
+    assert "self.fp16_groups" in unfused and "self.fp32_groups" in unfused
+
+
+def test_transformers_merges_experts_as_we_do() -> None:
+    """Whose merging is read part by part: the stacks in the order of the files' names, then side by side."""
+    merge, beside = core_model_loading.MergeModulelist(dim=0), core_model_loading.Concatenate(dim=1)
+    experts = {"a": [torch.zeros(2, 3), torch.ones(2, 3)], "b": [torch.full((1, 3), 2.0), torch.full((1, 3), 3.0)]}
+    stacked = merge.convert(dict(experts), source_patterns=["a", "b"], target_patterns=["c"])
+    whole = beside.convert(stacked, source_patterns=["a", "b"], target_patterns=["c"])["c"]
+    assert torch.equal(whole[..., 0], torch.tensor([[0.0, 0.0, 2.0], [1.0, 1.0, 3.0]]))
+    assert sorted(["x.10.w", "x.9.w"], key=core_model_loading.dot_natural_key) == ["x.9.w", "x.10.w"]
 
 
 def test_transformers_loads_through_two_functions() -> None:

@@ -22,6 +22,7 @@ from ds_seqpar.checkpoint.universal import affine_map, affine_maps
 from ds_seqpar.plan.cuts import Cut
 
 BEFORE, AFTER = 3, 6
+SLOW = pytest.mark.slow
 
 
 @st.composite
@@ -77,9 +78,9 @@ def _train(family: str, tp: int, stage: int, folder: str, options: dict[str, Any
 
 def _resume(family: str, sizes: list[tuple[int, int]], folder: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     """The same universal checkpoint at several (tp, ZeRO stage) in one process."""
-    results, seed = [], 0 if "freeze" in options else 1  # other weights, so that what is not loaded shows
-    for tp, stage in sizes:
-        engine = engine_at(family, tp, stage, seed=seed, checkpoint={"load_universal": True}, **options)
+    results = []
+    for tp, stage in sizes:  # from other weights, so that what is not loaded shows
+        engine = engine_at(family, tp, stage, seed=1, checkpoint={"load_universal": True}, **options)
         path, client_state = engine.load_checkpoint(folder)
         assert path is not None and client_state is not None and client_state["position"] == BEFORE
         state = {"weights": weights(engine), "optimizer": optimizer_states(engine), "lr": engine.get_lr()}
@@ -126,7 +127,8 @@ def _check(
                     assert torch.equal(found[part][name], expected[part][name]), f"{what}, rank {rank}: {name}"
             ours = _step_means([results[i]["losses"] for results in ranks], new_tp)
             theirs = _step_means([result["losses"] for result in before], tp)
-            assert torch.allclose(ours, theirs, rtol=1e-5, atol=0), f"{what}: {ours} {theirs}"
+            rtol = 2e-2 if options.get("dtype") == torch.bfloat16 else 1e-5  # the ranks' sums are rounded to bf16
+            assert torch.allclose(ours, theirs, rtol=rtol, atol=0), f"{what}: {ours} {theirs}"
 
 
 # Every size of the list (2->1, 1->2, 2->4, 4->2, 3->2), dp 1<->2, stage 1<->3; llama: tied, uneven; qwen3: copied kv heads at 4;
@@ -164,8 +166,36 @@ def test_goes_on_at_every_other_size(
     _check(tmp_path, family, source, targets)
 
 
-def test_frozen_parameters_stay_and_the_others_go_on(tmp_path: Path) -> None:
-    _check(tmp_path, "llama", (2, 1, 2), {1: [(1, 3), (1, 1)]}, freeze=("norm", "embed", "q_proj"))
+@pytest.mark.parametrize("source", [(2, 1, 2), (2, 1, 3)])
+def test_frozen_parameters_come_along(tmp_path: Path, source: tuple[int, int, int]) -> None:
+    _check(tmp_path, "llama", source, {1: [(1, 3), (1, 0)], 2: [(2, 1)]}, freeze=("norm", "embed", "q_proj"))
+
+
+@pytest.mark.parametrize("source", [(2, 1, 1), pytest.param((1, 2, 3), marks=SLOW)])
+def test_adapters_and_their_frozen_base_go_on(tmp_path: Path, source: tuple[int, int, int]) -> None:
+    _check(tmp_path, "llama", source, {1: [(1, 3), (1, 0)], 2: [(2, 2), (2, 3)]}, lora=True)
+
+
+@pytest.mark.parametrize("source", [(2, 1, 1), pytest.param((1, 1, 3), marks=SLOW)])
+def test_experts_go_on(tmp_path: Path, source: tuple[int, int, int]) -> None:
+    own = {"output_router_logits": False}  # its loss is of a whole micro batch, whose rows differ between sizes
+    _check(tmp_path, "mixtral", source, {1: [(1, 1), (1, 3), (1, 0)], 2: [(2, 1), (2, 3)]}, own=own)
+
+
+@pytest.mark.parametrize(
+    ("family", "source"),
+    [
+        ("llama", (2, 1, 1)),
+        pytest.param("qwen3", (4, 1, 3), marks=SLOW),
+        pytest.param("phi3", (1, 2, 2), marks=SLOW),
+    ],
+)
+def test_bfloat16_goes_on_with_its_master_weights(tmp_path: Path, family: str, source: tuple[int, int, int]) -> None:
+    _check(tmp_path, family, source, {2: [(2, 0), (1, 1), (2, 2), (2, 3)]}, dtype=torch.bfloat16)
+
+
+def test_stage_0_takes_what_other_stages_saved(tmp_path: Path) -> None:
+    _check(tmp_path, "llama", (2, 1, 1), {1: [(1, 0)], 2: [(2, 0), (1, 0)]})
 
 
 def _refusals(folder: str) -> dict[str, str]:
@@ -177,7 +207,6 @@ def _refusals(folder: str) -> dict[str, str]:
         messages[what] = str(caught.value)
 
     universal: dict[str, Any] = {"checkpoint": {"load_universal": True}}
-    refused("stage 0", engine_at("llama", 2, 0, **universal))
     refused("family", engine_at("qwen3", 2, 1, **universal))
     refused("width", engine_at("llama", 2, 1, own={"intermediate_size": 52}, **universal))
     refused("groups", engine_at("llama", 2, 3, groups=1, **universal))
@@ -205,7 +234,6 @@ def test_universal_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> No
     first, second = run_ranks(2, _refusals, str(tmp_path))
     assert first == second
     for what, message in {
-        "stage 0": "cannot load at ZeRO stage 0; use stage 1, 2 or 3",
         "family": "holds a llama model, this one is qwen3",
         "width": "mlp.gate_proj.weight has shape [50, 48] there and [52, 48] here",
         "groups": "holds 2 parameter groups of the optimizer, this run has 1",

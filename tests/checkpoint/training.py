@@ -9,10 +9,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from exactness import engine_for
 from models import batches, tiny
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import ds_seqpar
 from ds_seqpar.checkpoint.gathering import gather_parameter
+from ds_seqpar.hf import require_model
 
 __all__ = ["ACCUMULATION", "engine_at", "optimizer_states", "random_draws", "run"]
 
@@ -22,12 +24,20 @@ SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "total_n
 
 def engine_at(
     family: str, tp: int, stage: int, *, dtype: torch.dtype = torch.float32, groups: int = 2, own: dict[str, Any] | None = None,
-    seed: int = 0, freeze: tuple[str, ...] = (), **ds: Any,
+    seed: int = 0, freeze: tuple[str, ...] = (), lora: bool = False, **ds: Any,
 ) -> Any:  # fmt: skip
-    """AdamW, clipped, with weight decay on matrices alone (`groups` = 2) and a schedule. Names that hold a word of `freeze` are frozen."""
-    model = tiny(family, dtype=dtype, seed=seed, **(own or {})).train()
+    """AdamW, clipped, with weight decay on matrices alone (`groups` = 2) and a schedule.
+
+    Names that hold a word of `freeze` are frozen; with `lora` all but the adapters. Another `seed` gives other weights.
+    """
+    model = tiny(family, dtype=dtype, **(own or {})).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(word in name for word in freeze))
+    if lora:
+        model = _adapted(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     sets: list[dict[str, Any]] = [{"params": trained}]
     if groups == 2:
@@ -50,6 +60,18 @@ def engine_at(
         scheduler=SCHEDULER,
         **{"gradient_clipping": clipping, **ds},
     )
+
+
+def _adapted(model: Any) -> Any:
+    """LoRA beside every linear, of which both factors do something: B starts at zero otherwise."""
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=3, lora_alpha=5)
+    torch.manual_seed(3)
+    model = get_peft_model(model, settings, autocast_adapter_dtype=False).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def run(engine: Any, first: int, last: int) -> list[float]:
@@ -82,14 +104,15 @@ def random_draws() -> list[float]:
 
 def optimizer_states(engine: Any) -> dict[str, Tensor]:
     """Whole master weights and moments by name, on every rank. Collective."""
-    entries, group = engine.seqpar_report.parameters(), engine.module.seqpar.groups.tp_group
+    state = require_model(engine.module).seqpar
+    entries, group = state.entries, state.groups.tp_group
     states: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
         for which in ("fp32", "exp_avg", "exp_avg_sq"):
             local = _state(engine, parameter, which)
-            cut = entries[name].cut
+            cut = entries[id(parameter)].cut
             states[f"{name} {which}"] = local.clone() if cut is None else gather_parameter(local, cut, group)
     step = next(iter(engine.optimizer.state.values()))["step"] if hasattr(engine.optimizer, "state") else 0
     states["step"] = torch.as_tensor(step, dtype=torch.float32)

@@ -1,0 +1,84 @@
+"""What DeepSpeed's load of a universal checkpoint leaves out: frozen parameters, and the optimizer at ZeRO stage 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.region import ShardingState
+from .gathering import part_of
+from .universal import MOMENTS, OPTIMIZER
+
+__all__ = ["restore_frozen", "restore_optimizer"]
+
+Member = tuple[nn.Parameter, Tensor]
+"""A parameter and where its master weights lie."""
+
+
+def restore_frozen(
+    frozen: Mapping[str, nn.Parameter],
+    folder: Path,
+    state: ShardingState,
+    write: Callable[[nn.Parameter, Tensor], None],
+) -> list[str]:
+    """Frozen parameters from a universal checkpoint; returns the names that it does not hold, which keep their values.
+
+    `write` puts this rank's part into a parameter, wherever ZeRO-3 keeps it.
+    """
+    lost = []
+    for name, parameter in frozen.items():
+        path = folder / "zero" / name / "fp32.pt"
+        if path.is_file():
+            write(parameter, _part(path, parameter, state))
+        else:
+            lost.append(name)
+    return lost
+
+
+def restore_optimizer(engine: Any, folder: Path, state: ShardingState) -> None:
+    """Weights, moments, steps and hyperparameters at ZeRO stage 0, for optimizers with Adam's states."""
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    optimizer = getattr(
+        engine.optimizer, "optimizer", engine.optimizer
+    )  # in half precision a wrapper holds the masters
+    saved = torch.load(folder / "zero" / OPTIMIZER, map_location="cpu")["param_groups"]
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update({key: value for key, value in values.items() if key != "params"})
+    for holder, members in _holders(engine.optimizer):
+        moments = {moment: torch.zeros_like(holder) for moment in MOMENTS}
+        step: Any = None
+        offset = 0
+        for parameter, master in members:
+            where = folder / "zero" / names[id(parameter)]
+            master.copy_(_part(where / "fp32.pt", parameter, state).view(master.shape))
+            for moment, target in moments.items():
+                part = _part(where / f"{moment}.pt", parameter, state)
+                target.view(-1)[offset : offset + part.numel()].copy_(part.view(-1))
+            parameter.data.copy_(master.view(parameter.shape))
+            offset += parameter.numel()
+            step = torch.load(where / "step.pt")
+        # A tensor of its own for each: an optimizer counts in place.
+        optimizer.state[holder] = {"step": torch.as_tensor(step, dtype=torch.float32).clone(), **moments}
+
+
+def _holders(optimizer: Any) -> Iterator[tuple[Tensor, list[Member]]]:
+    """What the optimizer steps: the parameters, or their fp32 masters, or the masters of a group in one flat tensor."""
+    if hasattr(optimizer, "fp32_groups_flat"):
+        for flat, parameters in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
+            pieces = flat.data[: sum(p.numel() for p in parameters)].split([p.numel() for p in parameters])
+            yield flat, list(zip(parameters, pieces, strict=True))
+    elif hasattr(optimizer, "fp32_groups"):
+        for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            yield from ((master, [(p, master.data)]) for master, p in zip(masters, parameters, strict=True))
+    else:
+        yield from ((p, [(p, p.data)]) for group in optimizer.param_groups for p in group["params"])
+
+
+def _part(path: Path, parameter: nn.Parameter, state: ShardingState) -> Tensor:
+    whole: Tensor = torch.load(path, map_location="cpu", mmap=True)["param"]
+    cut = state.entries[id(parameter)].cut
+    return whole if cut is None else part_of(whole, cut, state.groups.tp_rank)
