@@ -321,9 +321,10 @@ def _tensor_parallel_groups(tp_size: int) -> ParallelGroups:
     return ParallelGroups.around(group)
 
 
-def data_parallel_group() -> ProcessGroup:
-    """The ranks that hold the same part of the model as this one; needs a model to have been sharded."""
-    return ds_groups.get_data_parallel_group()  # type: ignore[no-any-return]
+def data_parallel_group() -> ProcessGroup | None:
+    """The ranks that hold the same part of the model as this one; None before any model was sharded."""
+    made = ds_groups._TENSOR_MODEL_PARALLEL_GROUP is not None
+    return ds_groups.get_data_parallel_group() if made else None
 
 
 def _tag(model: nn.Module, groups: ParallelGroups) -> None:

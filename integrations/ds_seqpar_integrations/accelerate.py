@@ -42,6 +42,8 @@ def install() -> None:
     wrap(Accelerator, "__init__", _make_accelerator)
     wrap(Accelerator, "_prepare_deepspeed", _prepare_deepspeed)
     wrap(Accelerator, "prepare_data_loader", _prepare_data_loader)
+    wrap(Accelerator, "gather", _gather)
+    wrap(Accelerator, "reduce", _reduce)
     wrap(Accelerator, "gather_for_metrics", _gather_for_metrics)
     wrap(Accelerator, "get_state_dict", _get_state_dict)
     wrap(AcceleratedScheduler, "step", _step_scheduler)
@@ -182,19 +184,29 @@ def _prepare_data_loader(
         self.dataloader_config.dispatch_batches = asked
 
 
+def _gather(plain: Callable[..., Any], self: Accelerator, tensor: Any) -> Any:
+    tp_size = _tp_size(self)
+    return plain(self, tensor) if tp_size == 1 else data_parallel.gather(tensor, tp_size)
+
+
+def _reduce(
+    plain: Callable[..., Any], self: Accelerator, tensor: Any, reduction: str = "sum", scale: float = 1.0
+) -> Any:
+    """`scale` is for XLA alone."""
+    tp_size = _tp_size(self)
+    if tp_size == 1 or reduction == "none":
+        return plain(self, tensor, reduction, scale)
+    return data_parallel.reduce(tensor, tp_size, reduction)
+
+
 def _gather_for_metrics(
     plain: Callable[..., Any], self: Accelerator, input_data: Any, use_gather_object: bool = False
 ) -> Any:
+    """Tensors go through `gather`; objects are gathered over all ranks, and only one of each group hands its own in."""
     tp_size = _tp_size(self)
-    if tp_size == 1:
-        return plain(self, input_data, use_gather_object)
-    if use_gather_object or not _holds_tensors_only(input_data):
+    if tp_size > 1 and (use_gather_object or not _holds_tensors_only(input_data)):
         return plain(self, input_data if self.process_index % tp_size == 0 else [], True)
-    self.gather = data_parallel.gather
-    try:
-        return plain(self, input_data, False)
-    finally:
-        del self.gather
+    return plain(self, input_data, use_gather_object)
 
 
 def _holds_tensors_only(data: Any) -> bool:

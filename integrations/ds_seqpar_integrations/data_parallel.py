@@ -15,36 +15,41 @@ from ds_seqpar.layers.handles import Handle
 __all__ = ["DataParallelView", "gather", "gather_object", "reduce"]
 
 
-def gather(data: Any) -> Any:
+def gather(data: Any, tp_size: int) -> Any:
     """Every tensor in `data`, rows of all data-parallel ranks one after the other, as accelerate's gather does over the world."""
-    group = data_parallel_group()
 
     def rows(x: Tensor) -> Tensor:
         x = (x.materialise("gather") if isinstance(x, Handle) else x).detach()
-        return all_gather(x.reshape(1) if x.dim() == 0 else x, group)
+        return _each_once(x.reshape(1) if x.dim() == 0 else x, tp_size).flatten(0, 1)
 
     return recursively_apply(rows, data, error_on_other_type=True)
 
 
-def gather_object(objects: list[Any]) -> list[Any]:
-    """The lists of all data-parallel ranks, one after the other."""
-    everyone: list[Any] = [None] * dist.get_world_size(data_parallel_group())
-    dist.all_gather_object(everyone, objects, group=data_parallel_group())
-    return [x for theirs in everyone for x in theirs]
-
-
-def reduce(data: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
-    """Every tensor in `data`, summed (or its mean, or its maximum) over the data-parallel ranks; `scale` is accelerate's, for XLA."""
-    group = data_parallel_group()
+def reduce(data: Any, tp_size: int, reduction: str = "mean") -> Any:
+    """Every tensor in `data`, summed (or its mean, or its maximum) over the data-parallel ranks."""
 
     def reduced(x: Tensor) -> Tensor:
-        x = x.detach().clone()
-        if reduction == "none":
-            return x
-        dist.all_reduce(x, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM, group=group)
-        return x / dist.get_world_size(group) if reduction == "mean" else x
+        everyone = _each_once(x.detach(), tp_size)
+        if reduction == "max":
+            return everyone.amax(0)
+        return everyone.sum(0) if reduction == "sum" else everyone.sum(0) / len(everyone)
 
     return recursively_apply(reduced, data, error_on_other_type=True)
+
+
+def gather_object(objects: list[Any], tp_size: int) -> list[Any]:
+    """The lists of all data-parallel ranks, one after the other."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, objects)
+    return [x for theirs in everyone[::tp_size] for x in theirs]
+
+
+def _each_once(x: Tensor, tp_size: int) -> Tensor:
+    """x [...] of every data-parallel rank, [ranks, ...]."""
+    group = data_parallel_group()
+    if group is not None:
+        return all_gather(x.unsqueeze(0), group)
+    return all_gather(x.unsqueeze(0), dist.group.WORLD)[::tp_size]  # before a model was sharded
 
 
 class DataParallelView:
@@ -65,5 +70,3 @@ class DataParallelView:
     def num_processes(self) -> int:
         """How many data-parallel ranks there are."""
         return int(self._accelerator.num_processes // self._tp_size)
-
-    gather, reduce = staticmethod(gather), staticmethod(reduce)

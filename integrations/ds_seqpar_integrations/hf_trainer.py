@@ -2,12 +2,14 @@
 
 Private names it relies on, each held by a contract test:
 `modeling_utils.is_deepspeed_zero3_enabled`, `HfTrainerDeepSpeedConfig.trainer_config_process`, `Trainer._track_num_input_tokens`,
-`Trainer._get_num_items_in_batch`, `TrainingArguments.hf_deepspeed_config`.
+`Trainer._get_num_items_in_batch`, `trainer.speed_metrics`, `TrainingArguments.hf_deepspeed_config`.
 """
 
 from __future__ import annotations
 
+import contextvars
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,26 +72,42 @@ def _process_config(plain: Callable[..., None], self: Any, args: Any, *rest: Any
 
 
 def _adapt_trainer() -> None:
-    from transformers import Trainer
+    from transformers import Trainer, trainer
 
     wrap(Trainer, "_get_num_items_in_batch", _count_items_once)
-    wrap(Trainer, "_track_num_input_tokens", _count_tokens_once)
     wrap(Trainer, "store_flos", _count_flos_once)
+    wrap(Trainer, "evaluate", _while_evaluating)
+    wrap(Trainer, "predict", _while_evaluating)
+    wrap(trainer, "speed_metrics", _speed)
 
 
 def _count_items_once(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The Trainer divides by tp_size also where it did not sum over the ranks (average_tokens_across_devices=False)."""
-    items = plain(self, *args, **kwargs)
-    return items if items is None or self.args.average_tokens_across_devices else items * self.get_tp_size()
-
-
-def _count_tokens_once(plain: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """The Trainer sums over all ranks, and the ranks of a tensor-parallel group hold the same tokens."""
-    before = self.state.num_input_tokens_seen
-    plain(self, *args, **kwargs)
-    self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.get_tp_size()
+    """The Trainer divides by tp_size, as if it had summed over all ranks; `gather` counts each data-parallel rank once."""
+    items, tp_size = plain(self, *args, **kwargs), self.get_tp_size()
+    return items if items is None or tp_size == 1 else (items * tp_size).round()
 
 
 def _count_flos_once(plain: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     self.current_flos /= self.get_tp_size()
     plain(self, *args, **kwargs)
+
+
+_evaluating: contextvars.ContextVar[Any] = contextvars.ContextVar("the Trainer that evaluates")
+
+
+def _while_evaluating(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    token = _evaluating.set(self)
+    try:
+        return plain(self, *args, **kwargs)
+    finally:
+        _evaluating.reset(token)
+
+
+def _speed(plain: Callable[..., Any], split: str, start_time: float, **counts: Any) -> Any:
+    """The Trainer takes a step of an evaluation to be a batch on each rank; under the key it is one on each data-parallel rank."""
+    trainer = _evaluating.get(None)
+    tp_size = 1 if trainer is None else trainer.get_tp_size()
+    if tp_size > 1 and counts.get("num_samples") is not None and counts.get("num_steps") is not None:
+        rows = trainer.args.eval_batch_size * (trainer.args.world_size // tp_size)
+        counts["num_steps"] = math.ceil(counts["num_samples"] / rows)
+    return plain(split, start_time, **counts)

@@ -83,11 +83,11 @@ def _seen_by_shares(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: 
 
 
 def _gather(plain: Callable[..., Any], data: Any) -> Any:
-    return plain(data) if tp_size_now() == 1 else data_parallel.gather(data)
+    return plain(data) if tp_size_now() == 1 else data_parallel.gather(data, tp_size_now())
 
 
 def _gather_object(plain: Callable[..., Any], objects: Any) -> Any:
-    return plain(objects) if tp_size_now() == 1 else data_parallel.gather_object(objects)
+    return plain(objects) if tp_size_now() == 1 else data_parallel.gather_object(objects, tp_size_now())
 
 
 def _set_seed(plain: Callable[..., None], seed: int, device_specific: bool = False, **options: Any) -> None:

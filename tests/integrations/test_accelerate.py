@@ -49,6 +49,7 @@ def _close(mine: Any, theirs: Any, name: str) -> None:
 def _same(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     for name in ("losses", "rates", "norms"):
         _close(mine[name], theirs[name], name)
+    assert mine["tokens"] == theirs["tokens"] and mine["processes"] == theirs["processes"], "gather, reduce"
     assert mine["names"] == theirs["names"] and mine["type"] == theirs["type"]
     assert len(mine["predicted"]) == len(theirs["predicted"])
     for ours, expected in zip(mine["predicted"], theirs["predicted"], strict=True):

@@ -58,6 +58,9 @@ def _same(mine: list[dict[str, Any]], theirs: dict[str, Any], *, without: tuple[
         assert_same_log(ours["log"], theirs["log"], without=without)
         for name in ("events", "samples"):
             assert ours[name] == theirs[name], name
+        for mine_counted, counted in zip(ours["counts"], theirs["counts"], strict=True):
+            assert mine_counted == pytest.approx(counted, rel=0.03), "samples, steps, tokens a second; both are rounded"
+        assert ours.get("predicted_counts") == pytest.approx(theirs.get("predicted_counts"), rel=0.03)
         for name in set(theirs["state"]) - {"loss"}:
             assert ours["state"][name] == theirs["state"][name], name
     assert all(ours["predictions"] == mine[0]["predictions"] for ours in mine)
@@ -125,6 +128,41 @@ def test_an_option_of_the_trainer_gives_the_same_run(model: str, tmp_path: Path,
     mine = _run(2, job, tmp_path / "mine", deepspeed_json(2))
     _same(mine, alone)
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_the_model_generates_is_evaluated_as_on_plain_ranks(model: str, tmp_path: Path, world: int) -> None:
+    """`predict_with_generate`, whose Trainer gathers rows in another way than the plain one."""
+    generating = dict(predict_with_generate=True, generation_max_length=14, generation_num_beams=1, max_steps=2)
+    job = _job(model, texts=True, arguments=generating)
+    deepspeed = deepspeed_json(tp_size=None) if world > 2 else None
+    plain = _run(world // 2, job, tmp_path / "plain", deepspeed)
+    mine = _run(world, job, tmp_path / "mine", deepspeed_json())
+    for rank, ours in enumerate(mine):
+        theirs = plain[rank // 2]
+        assert_same_log(ours["log"], theirs["log"])
+        assert ours["predictions"] == theirs["predictions"]
+        assert "eval_mixed" in ours["log"][-2] and ours["metrics"]["test_rows"] == theirs["metrics"]["test_rows"]
+
+
+def test_tensorboard_gets_what_one_process_writes(model: str, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    job = _job(model, rows=8, predict=False, save=False, arguments=dict(report_to=["tensorboard"], max_steps=2))
+    alone = _run(1, job, tmp_path / "alone")[0]
+    _run(2, job, tmp_path / "mine", deepspeed_json())
+    written = {}
+    for name in ("alone", "mine"):
+        (folder,) = {path.parent for path in (tmp_path / name).rglob("events.out.tfevents.*")}
+        assert len(list(folder.glob("events.out.tfevents.*"))) == 1, "one rank writes"
+        events = EventAccumulator(str(folder)).Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if "second" not in tag and "runtime" not in tag]
+        written[name] = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    assert {"train/loss", "train/grad_norm", "eval/loss", "train/num_input_tokens_seen"} <= set(written["alone"])
+    assert written["mine"].keys() == written["alone"].keys() and len(alone["log"]) > 3
+    for tag, values in written["alone"].items():
+        for ours, expected in zip(written["mine"][tag], values, strict=True):
+            assert ours == pytest.approx(expected, rel=1e-5), tag
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def _track_tokens() -> None:
     name = "Trainer._track_num_input_tokens"
     source = _source(Trainer._track_num_input_tokens)
     added = "self.state.num_input_tokens_seen += self.accelerator.gather(input_tokens).sum()"
-    _must(added in source, name, "it adds the tokens of all ranks")
+    _must(added in source, name, "it adds what Accelerator.gather brings, each data-parallel rank once")
     _must(
         "distributed_broadcast_scalars([self.current_flos]" in _source(Trainer.store_flos),
         "Trainer.store_flos",
@@ -98,7 +98,11 @@ def _num_items() -> None:
     name = "Trainer._get_num_items_in_batch"
     source = _source(Trainer._get_num_items_in_batch)
     summed = "if self.args.average_tokens_across_devices:\n                if self.args.world_size > 1:"
-    _must(summed in source, name, "it sums over the ranks only with average_tokens_across_devices")
+    _must(
+        summed in source and "self.accelerator.gather(num_items_in_batch" in source,
+        name,
+        "it sums what Accelerator.gather brings",
+    )
     divided = "\n                num_items_in_batch = num_items_in_batch / (\n                    self.get_tp_size()"
     _must(divided in source, name, "it divides by tp_size in any case")
 
@@ -113,6 +117,18 @@ def _hf_config() -> None:
     _must("self.hf_deepspeed_config = " in _source(TrainingArguments.__post_init__), name, "deepspeed= sets it")
 
 
+def _speed_metrics() -> None:
+    name = "trainer.speed_metrics"
+    for function in (Trainer.evaluate, Trainer.predict):
+        source = _source(function)
+        _must("total_batch_size = self.args.eval_batch_size * self.args.world_size" in source, name, "all ranks count")
+        _must(
+            "speed_metrics(\n" in source and "num_steps=math.ceil(output.num_samples / total_batch_size)" in source,
+            name,
+            "so",
+        )
+
+
 CONTRACT: dict[str, Callable[[], None]] = {
     "Accelerator._prepare_deepspeed": _prepare_deepspeed,
     "AcceleratorState.ds_device_mesh": _ds_device_mesh,
@@ -121,6 +137,7 @@ CONTRACT: dict[str, Callable[[], None]] = {
     "HfTrainerDeepSpeedConfig.trainer_config_process": _process_config,
     "Trainer._track_num_input_tokens": _track_tokens,
     "Trainer._get_num_items_in_batch": _num_items,
+    "trainer.speed_metrics": _speed_metrics,
     "TrainingArguments.hf_deepspeed_config": _hf_config,
 }
 

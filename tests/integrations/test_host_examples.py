@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def _launch(folder: Path, *command: str) -> str:
+def _launch(folder: Path, *command: str, cwd: Path | None = None) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -47,7 +47,7 @@ def _launch(folder: Path, *command: str) -> str:
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", *(part.replace("PORT", port) for part in command)], cwd=folder, env=environment,
+        [sys.executable, "-m", *(part.replace("PORT", port) for part in command)], cwd=cwd or folder, env=environment,
         capture_output=True, text=True, timeout=250, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
@@ -84,12 +84,12 @@ def test_the_lora_example_writes_an_ordinary_adapter(model: str, tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_accelerate_example_trains_and_saves(model: str, tmp_path: Path) -> None:
+    """By its yaml file, as a user would start it from the folder of this repository."""
     output = _launch(
-        tmp_path, "accelerate.commands.launch", "--use_deepspeed", "--deepspeed_config_file",
-        str(ROOT / "configs" / "hf" / "zero1_tp2.json"), "--num_processes", "2", "--main_process_port", "PORT", "--mixed_precision",
-        "no", str(ROOT / "examples" / "accelerate_loop.py"), "--model", model, "--out", "out", "--rows", "4", "--seq-len", "16",
+        tmp_path, "accelerate.commands.launch", "--config_file", "configs/accelerate_tp2.yaml", "--main_process_port", "PORT",
+        "examples/accelerate_loop.py", "--model", model, "--out", str(tmp_path / "out"), "--rows", "4", "--seq-len", "16", cwd=ROOT,
     )  # fmt: skip
-    assert "micro batch 4: loss" in output
+    assert "micro batch 4: loss" in output and output.count("tp_size=2") == 1
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
 
 

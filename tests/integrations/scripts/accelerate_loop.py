@@ -27,8 +27,10 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     train = DataLoader(Rows(job["rows"], 9), batch_size=2, shuffle=True, collate_fn=collate)
     evaluation = DataLoader(Rows(5, 9), batch_size=2, collate_fn=collate)
+    processes = len(accelerator.gather(torch.zeros(1)))  # before there is any model
     model, optimizer, scheduler, train, evaluation = accelerator.prepare(model, optimizer, scheduler, train, evaluation)
     losses: list[float] = []
+    tokens: list[tuple[float, float, float]] = []
     rates: list[float] = []
     norms: list[float] = []
 
@@ -43,6 +45,9 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
+            count = batch["labels"].ne(-100).sum()
+            everyone = accelerator.gather(count), accelerator.reduce(count), accelerator.reduce(count.float(), "mean")
+            tokens.append(tuple(float(x.sum()) for x in everyone))  # type: ignore[arg-type]
             losses.append(float(accelerator.gather(loss.detach()).mean()))
             rates.append(scheduler.get_last_lr()[0])
 
@@ -69,6 +74,7 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     if accelerator.is_main_process:
         unwrapped.save_pretrained(out / "saved", state_dict=weights)
     return report | {
-        "losses": losses, "rates": rates, "norms": norms, "names": names, "type": type(unwrapped).__name__,
+        "losses": losses, "rates": rates, "norms": norms, "tokens": tokens, "processes": processes, "names": names,
+        "type": type(unwrapped).__name__,
         "predicted": [[x.tolist() for x in pair] for pair in predicted],
     }  # fmt: skip

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 VOCABULARY = 101
@@ -76,13 +84,34 @@ def metrics(prediction: Any) -> dict[str, float]:
     return {"rows": float(len(labels)), "tokens": float(kept.sum()), "logprob": float(chosen[kept].sum())}
 
 
+def text_metrics(prediction: Any) -> dict[str, float]:
+    tokens = torch.tensor(prediction.predictions)
+    return {
+        "rows": float(len(tokens)),
+        "mixed": float((tokens * torch.arange(1, tokens.numel() + 1).view_as(tokens)).sum()),
+    }
+
+
+def counts(figures: dict[str, float]) -> dict[str, float]:
+    """What was counted to make each "... per second": the samples, steps or tokens."""
+    return {
+        name: rate * figures[name.partition("_")[0] + "_runtime"]
+        for name, rate in figures.items()
+        if "per_second" in name
+    }
+
+
 def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Trains as `job` says: {"model": folder, "arguments": {...}, "rows": n, "stream": bool, "resume": bool, ...}."""
+    """Trains as `job` says: {"model": folder, "arguments": {...}, "rows": n, "stream": bool, "resume": bool, ...}.
+
+    With "texts" the Trainer is the one that evaluates what the model generates.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    arguments = TrainingArguments(
-        output_dir=str(out / "trainer"), use_cpu=True, report_to=[], logging_steps=1, disable_tqdm=True, seed=7,
-        include_num_input_tokens_seen="non_padding", **job["arguments"],
+    texts = job.get("texts", False)
+    arguments = (Seq2SeqTrainingArguments if texts else TrainingArguments)(
+        output_dir=str(out / "trainer"), use_cpu=True, logging_steps=1, disable_tqdm=True, seed=7,
+        include_num_input_tokens_seen="non_padding", **{"report_to": [], **job["arguments"]},
     )  # fmt: skip
     set_seed(7)
     model = AutoModelForCausalLM.from_pretrained(job["model"], attn_implementation=job.get("attention"))
@@ -99,9 +128,9 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
         return batch_of_tensors
 
     watch = Watch()
-    trainer = Trainer(
+    trainer = (Seq2SeqTrainer if texts else Trainer)(
         model=model, args=arguments, train_dataset=Stream(rows) if job.get("stream") else rows, eval_dataset=Rows(5, 9),
-        data_collator=remembering, compute_metrics=metrics, callbacks=[watch],
+        data_collator=remembering, compute_metrics=text_metrics if texts else metrics, callbacks=[watch],
     )  # fmt: skip
     result = trainer.train(resume_from_checkpoint=job.get("resume") or None)
     trained_on = list(seen)
@@ -109,6 +138,7 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     if job.get("predict", True):
         prediction = trainer.predict(Rows(5, 9))
         report["predictions"] = torch.tensor(prediction.predictions).double().sum(-1).tolist()
+        report["predicted_counts"] = counts(prediction.metrics)
         report["metrics"] = {k: v for k, v in prediction.metrics.items() if "second" not in k and "runtime" not in k}
     if job.get("save", True):
         trainer.save_model(str(out / "saved"))
@@ -116,6 +146,7 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
         {k: v for k, v in entry.items() if "second" not in k and "runtime" not in k}
         for entry in trainer.state.log_history
     ]
+    report["counts"] = [counts(entry) for entry in trainer.state.log_history]
     report["state"] = {
         "steps": trainer.state.global_step, "tokens": trainer.state.num_input_tokens_seen, "flos": trainer.state.total_flos,
         "loss": result.training_loss, "total_batch": trainer.get_total_train_batch_size(arguments),
