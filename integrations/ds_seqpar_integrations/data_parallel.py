@@ -46,10 +46,12 @@ def gather_object(objects: list[Any], tp_size: int) -> list[Any]:
 
 def _each_once(x: Tensor, tp_size: int) -> Tensor:
     """x [...] of every data-parallel rank, [ranks, ...]."""
-    group = data_parallel_group()
-    if group is not None:
-        return all_gather(x.unsqueeze(0), group)
-    return all_gather(x.unsqueeze(0), dist.group.WORLD)[::tp_size]  # before a model was sharded
+    shares = data_parallel_group()
+    if shares is not None:
+        return all_gather(x.unsqueeze(0), shares)
+    world = dist.group.WORLD  # no model was sharded yet
+    assert world is not None
+    return all_gather(x.unsqueeze(0), world)[::tp_size]
 
 
 class DataParallelView:
