@@ -28,7 +28,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
 
 from .errors import CheckpointError, PlanError
-from .families import family
+from .families import family, has_data_file
 from .plan.facts import ModelFacts, ModuleFacts
 from .plan.wrappers import adapter_layer, inner_model_path, is_foreign
 
@@ -57,21 +57,16 @@ def require_model(model: object) -> PreTrainedModel:
 
 
 def describe(model: PreTrainedModel) -> ModelFacts:
-    """The facts that a plan is made of. Raises PlanError for encoder-decoders and multi-part models."""
+    """The facts that a plan is made of: of the language model, if the model has other parts. Raises PlanError for encoder-decoders."""
     config = model.config
     model_type = str(config.model_type)
-    base = model.base_model
-    if base is model:  # some models name no base, but have one with the same config
-        parts = (m for m in model.children() if isinstance(m, PreTrainedModel) and m.config is config)
-        base = next(parts, model)
-    data = family(model_type)
-    if data.base:
-        base = model.get_submodule(data.base)
-    base_name = next((name for name, module in model.named_modules() if module is base), "")
     if getattr(config, "is_encoder_decoder", False):
         raise PlanError(f"model type {model_type!r} is an encoder-decoder; only decoder models can be sharded")
-    if config.get_text_config() is not config:
-        raise PlanError(f"model type {model_type!r} has several parts; only text models can be sharded")
+    text = _text_config(config)
+    top = model if text is config else _language_model(model, text)
+    data_file = model_type if has_data_file(model_type) else str(text.model_type)
+    base = _base_of(top, family(data_file).base)
+    base_name = next((name for name, module in model.named_modules() if module is base), "")
     if getattr(model, "hf_quantizer", None) is not None:
         raise PlanError(
             f"this {model_type} model is quantized ({config.quantization_config}); load it without quantization"
@@ -82,16 +77,18 @@ def describe(model: PreTrainedModel) -> ModelFacts:
             f"Liger replaced the forward of {type(replaced).__name__} by one that reads the head's weight itself; apply Liger "
             "with fused_linear_cross_entropy=False (the loss is fused here)"
         )
-    plan = {(f"{base_name}.{k}" if base_name else k): v for k, v in (config.base_model_tp_plan or {}).items()}
+    plan = {(f"{base_name}.{k}" if base_name else k): v for k, v in (text.base_model_tp_plan or {}).items()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     if plan and (embedding is None or id(embedding) not in names):
         raise PlanError(f"model type {model_type!r} has no input embedding that can be found")
-    heads = int(_common(config, "num_attention_heads") or 0)
-    head_dim = _common(config, "head_dim") or (config.hidden_size // heads if heads else 0)
-    kv_heads = int(_common(config, "num_key_value_heads") or _common(config, "num_kv_heads") or heads)
+    heads = int(_common(text, "num_attention_heads") or 0)
+    head_dim = _common(text, "head_dim") or (text.hidden_size // heads if heads else 0)
+    kv_heads = int(_common(text, "num_key_value_heads") or _common(text, "num_kv_heads") or heads)
     return ModelFacts(
         model_type=model_type,
+        text_type=str(text.model_type),
+        data_file=data_file,
         base=base_name,
         tp_plan=plan,
         modules=_modules(model),
@@ -100,9 +97,41 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=int(head_dim),
-        hidden_size=int(config.hidden_size),
+        hidden_size=int(text.hidden_size),
         block_heads=_block_heads(model, heads, kv_heads),
     )
+
+
+def _text_config(config: Any) -> Any:
+    """The config of the language model; the model's own if it is nothing else."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        raise PlanError(
+            f"model type {config.model_type!r} has more than one language model; shard the one that is trained by itself"
+        ) from None
+
+
+def _language_model(model: PreTrainedModel, text: Any) -> PreTrainedModel:
+    """The outermost part of a model of several that the config `text` describes."""
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+    of_text = [m for m in parts if m.config is text] or [m for m in parts if type(m.config) is type(text)]
+    if not of_text:
+        raise PlanError(
+            f"model type {model.config.model_type!r} has several parts, and none of them is a model of its own for its language "
+            f"({text.model_type!r})"
+        )
+    return of_text[0]
+
+
+def _base_of(model: PreTrainedModel, path: str) -> nn.Module:
+    """The module that is called with the inputs: at `path` if there is one, otherwise transformers' base model."""
+    base: nn.Module = model.get_submodule(path) if path else model.base_model
+    if base is not model:
+        return base
+    # some models name no base, but have one with the same config
+    parts = (m for m in model.children() if isinstance(m, PreTrainedModel) and m.config is model.config)
+    return next(parts, model)
 
 
 def _common(config: Any, name: str) -> Any:

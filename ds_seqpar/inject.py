@@ -82,7 +82,7 @@ class PartlyLoaded:
 
 def planned_cuts(facts: ModelFacts, tp_size: int) -> dict[str, Cut]:
     """Full parameter name -> cut, of what `inject` will cut."""
-    plan = resolve(facts, family(facts.model_type), tp_size)
+    plan = resolve(facts, family(facts.data_file), tp_size)
     return {f"{name}.{key}": cut for name, module in plan.modules.items() for key, cut in module.cuts.items()}
 
 
@@ -103,7 +103,7 @@ def inject(
         PlanError: the model cannot be sharded exactly; nothing of it was touched.
     """
     _refuse_unfit(model)
-    plan = resolve(facts, family(facts.model_type), groups.tp_size, config.plan)
+    plan = resolve(facts, family(facts.data_file), groups.tp_size, config.plan)
     _check_modules(model, facts, plan)
     if already_cut:
         _require_parts(model, planned_cuts(facts, groups.tp_size), groups.tp_rank)
@@ -123,10 +123,11 @@ def inject(
     _Injection(model, facts, plan, state, report, already_cut).run()
     entries = report.parameters()
     state.entries.update({id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)})
-    if facts.model_type not in TESTED:
+    untested = [name for name in dict.fromkeys((facts.model_type, facts.text_type)) if name not in TESTED]
+    if untested:
         report.remarks.append(
-            f"{facts.model_type} is not among the model types that are tested ({', '.join(TESTED)}); compare one step with the "
-            "unsharded model before you rely on it"
+            f"{untested[0]} is not among the {len(TESTED)} model types that are tested (python -m ds_seqpar families lists them); "
+            "compare one step with the unsharded model before you rely on it"
         )
     model.seqpar_report = report  # type: ignore[assignment]
     model.seqpar = state  # type: ignore[assignment]
@@ -248,7 +249,7 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
             raise PlanError(
                 f"{facts.embedding}: nn.Embedding({option}={getattr(embedding, option)}) cannot be cut by vocabulary"
             )
-    for pattern, attributes in family(facts.model_type).attributes.items():
+    for pattern, attributes in family(facts.data_file).attributes.items():
         for name in plan.blocks:
             if matches(facts.full_name(pattern), name):
                 for path in attributes:
@@ -336,6 +337,7 @@ class _Injection:
         self._cut_already: set[int] = {id(p) for p in model.parameters()} if already_cut else set()
         self._armed: set[int] = set()
         self.fused: Counter[str] = Counter()
+        self.outside: Counter[str] = Counter()  # part of the model -> how many parameters of it are left alone
 
     def run(self) -> None:
         for name in self.facts.modules:
@@ -345,7 +347,13 @@ class _Injection:
         for name in self.plan.routers:
             self._boundary(self.model.get_submodule(name), Router)
         self.remarks += self.plan.remarks
-        token_inputs = family(self.facts.model_type).token_inputs
+        for name, count in self.outside.items():
+            part = type(self.model.get_submodule(name)).__name__
+            self.remarks.append(
+                f"{name or 'the model itself'} ({part}, {count:,} parameters) was left alone: it stands outside the base model and "
+                "sees whole activations, alike on every rank"
+            )
+        token_inputs = family(self.facts.data_file).token_inputs
         for name in self.plan.layers:
             layer = self.model.get_submodule(name)
             layer.token_inputs = token_inputs  # type: ignore[assignment]
@@ -359,6 +367,9 @@ class _Injection:
         self._boundary(base, ShardedModel)
         if base is not self.model:
             self._boundary(self.model, ShardedTopModel)
+        around = self.facts.base.split(".")[:-1]
+        for depth in range(1, len(around) + 1):  # such as a vision-language model without its head
+            become(self.model.get_submodule(".".join(around[:depth])), HidesHandles)
 
     def _fuse_norms(self) -> None:
         own_code: Counter[str] = Counter()
@@ -384,6 +395,12 @@ class _Injection:
                 self.fused[f"{act} activations with their products"] += 1
                 child.act_name = act  # type: ignore[assignment]
                 self._boundary(child, DeferredActivation)
+
+    def _part_of(self, name: str) -> str:
+        """The largest part of the model that holds the module `name` and nothing of the base model."""
+        parts = name.split(".")
+        around = (".".join(parts[:i]) for i in range(1, len(parts)))
+        return next((part for part in around if not _holds(part, self.facts.base)), name)
 
     def _boundary(self, module: nn.Module, mixin: type) -> None:
         module.seqpar = self.state  # type: ignore[assignment]
@@ -447,9 +464,7 @@ class _Injection:
             self._boundary(module, TokenwiseModule if tokenwise else ReplicatedModule)
         else:
             why = "outside the base model; left alone, it sees whole activations"
-            self.remarks.append(
-                f"{name or 'the model itself'} ({was}) was left alone: it stands outside the base model and sees whole activations"
-            )
+            self.outside[self._part_of(name)] += sum(p.numel() for p in module.parameters(recurse=False))
         partial = tokenwise and self.state.sequence_parallel
         parameters = {}
         for key, parameter in module.named_parameters(recurse=False):
@@ -541,7 +556,7 @@ class _Injection:
     def _head_inputs(self, block: BlockPlan, module: nn.Module) -> None:
         if block.heads is None:
             return
-        for pattern, inputs in family(self.facts.model_type).head_inputs.items():
+        for pattern, inputs in family(self.facts.data_file).head_inputs.items():
             if matches(self.facts.full_name(pattern), block.name):
                 module.head_inputs = dict(inputs)  # type: ignore[assignment]
                 module.heads = (self.facts.heads_of(block.name)[0], block.heads.queries[self.state.groups.tp_rank])  # type: ignore[assignment]
@@ -562,7 +577,7 @@ class _Injection:
         if hasattr(module, "num_key_value_groups"):
             module.num_key_value_groups = counts["num_local_heads"] // counts["num_local_kv_heads"]  # type: ignore[assignment]
         through_config = {}
-        for pattern, attributes in family(self.facts.model_type).attributes.items():
+        for pattern, attributes in family(self.facts.data_file).attributes.items():
             if matches(self.facts.full_name(pattern), block.name):
                 for path, count in attributes.items():
                     if path.startswith("config."):

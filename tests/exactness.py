@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups as ds_groups
 from models import batches, tiny
+from multimodal import PARTS, with_images
 from torch import Tensor
 
 import ds_seqpar
@@ -40,14 +41,14 @@ def engine_for(
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def _mine(batch: dict[str, Tensor], micro: int, tp: int) -> dict[str, Tensor]:
-    dp_rank = dist.get_rank() // tp
-    return {name: x[dp_rank * micro : (dp_rank + 1) * micro] for name, x in batch.items()}
+def _part(batch: dict[str, Tensor], part: int, parts: int) -> dict[str, Tensor]:
+    """The `part`-th of so many equal parts of the rows; an image may have many rows of its own."""
+    return {name: x.chunk(parts)[part] for name, x in batch.items()}
 
 
-def _reference_loss(model: Any, batch: dict[str, Tensor], micro: int, dp: int) -> tuple[Tensor, list[float]]:
+def _reference_loss(model: Any, batch: dict[str, Tensor], dp: int) -> tuple[Tensor, list[float]]:
     """Mean over the data-parallel ranks of each rank's mean loss: what data parallelism computes."""
-    losses = [model(**{n: x[i * micro : (i + 1) * micro] for n, x in batch.items()}).loss for i in range(dp)]
+    losses = [model(**_part(batch, i, dp)).loss for i in range(dp)]
     return torch.stack(losses).mean(), [float(loss.detach()) for loss in losses]
 
 
@@ -74,11 +75,13 @@ def compare_sgd(
     optimizer = torch.optim.SGD(reference.parameters(), lr=1.0)
     errors: dict[str, float] = {}
     for step, batch in enumerate(batches(accumulation, micro * dp, seq)):
-        loss = engine(**_mine(batch, micro, tp)).loss
+        if family in PARTS:
+            batch = with_images(batch, family, torch.float32, step)
+        loss = engine(**_part(batch, dist.get_rank() // tp, dp)).loss
         engine.backward(loss)
         engine.step()
         loss = loss.detach()
-        expected, each = _reference_loss(reference, batch, micro, dp)
+        expected, each = _reference_loss(reference, batch, dp)
         (expected / accumulation).backward()
         errors[f"loss {step}"] = abs(float(loss) - each[dist.get_rank() // tp]) / abs(each[dist.get_rank() // tp])
     optimizer.step()
@@ -123,11 +126,11 @@ def compare_adamw(
     data = batches(steps * accumulation, micro * dp)
     for step in range(steps):
         for i, batch in enumerate(data[step * accumulation : (step + 1) * accumulation]):
-            loss = engine(**_mine(batch, micro, tp)).loss
+            loss = engine(**_part(batch, dist.get_rank() // tp, dp)).loss
             engine.backward(loss)
             engine.step()
             loss = loss.detach()
-            expected, each = _reference_loss(reference, batch, micro, dp)
+            expected, each = _reference_loss(reference, batch, dp)
             (expected / accumulation).backward()
             mine = each[dist.get_rank() // tp]
             errors[f"loss {step}.{i}"] = abs(float(loss) - mine) / abs(mine)

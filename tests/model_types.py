@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from models import device
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from multimodal import PARTS, with_images
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 CLASSICS = ("bloom", "codegen", "falcon", "gpt2", "gpt_neo", "gpt_oss", "gptj", "mpt", "opt")
 """Causal language models without a plan in transformers; ours is in their data files."""
 
-__all__ = ["CLASSICS", "NoModelError", "batches_for", "causal", "planned_types", "tiny_config", "tiny_of"]
+MULTIMODAL = tuple(sorted(PARTS))
+"""Models of several parts; those among them that have a plan for a part beside the language model are planned types, too."""
+
+__all__ = ["CLASSICS", "MULTIMODAL", "NoModelError", "batches_for", "causal", "planned_types", "tiny_config", "tiny_of"]
 
 SIZES: dict[str, Any] = dict(
     vocab_size=101, hidden_size=48, intermediate_size=50, num_hidden_layers=2, num_layers=2, num_attention_heads=6,
@@ -111,6 +115,10 @@ def tiny_config(model_type: str, **more: Any) -> PreTrainedConfig:
     """The type's config, two layers deep; `more` goes over everything."""
     own = {**OWN.get(model_type, {}), **more}
     plain = CONFIG_MAPPING[model_type]()
+    if model_type in PARTS:
+        parts = PARTS[model_type]
+        text = tiny_config(plain.get_text_config().model_type, **parts.text)
+        return CONFIG_MAPPING[model_type](**{**parts.config, **parts.towers, "text_config": text, **own})
     values = {name: size for name, size in SIZES.items() if _replaceable(plain, name)}
     if "kv_lora_rank" in values:  # latent attention: no grouped kv heads, and the config derives head_dim
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
@@ -127,15 +135,19 @@ def _replaceable(config: PreTrainedConfig, name: str) -> bool:
 
 def causal(config: PreTrainedConfig) -> bool:
     """True if the type has a causal-LM head in transformers."""
-    return type(config) in AutoModelForCausalLM._model_mapping
+    return _head_class(config) is not None
+
+
+def _head_class(config: PreTrainedConfig) -> Any:
+    heads = AutoModelForImageTextToText if config.model_type in PARTS else AutoModelForCausalLM
+    return heads if type(config) in heads._model_mapping else None
 
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     try:
         if causal(config) or type(config) in AutoModel._model_mapping:
-            cls = AutoModelForCausalLM if causal(config) else AutoModel
-            return cls.from_config(config)
+            return (_head_class(config) or AutoModel).from_config(config)
     except ValueError as problem:
         if "Could not find" not in str(problem):
             raise
@@ -164,7 +176,7 @@ def tiny_of(
 ) -> PreTrainedModel:
     """A random model: the causal LM where there is one, else the base model. Equal weights on every call and rank."""
     config = tiny_config(model_type, **more)
-    config._experts_implementation_internal = experts  # None: grouped products, which know no float64
+    config.get_text_config()._experts_implementation_internal = experts  # None: grouped products, which know no float64
     if build_only:
         return _build(config)
     with torch.device("meta"):
@@ -177,16 +189,28 @@ def tiny_of(
             if parameter.dim() > 2 or not bool(torch.isfinite(parameter).all()):
                 parameter.zero_()  # some are left uninitialised
             parameter.add_(torch.randn(parameter.shape) * (0.1 if parameter.dim() == 1 else 0.05))
-    return model.to(device(), dtype or (torch.float32 if model_type in FLOAT32 else torch.float64))
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # `model.to` would make complex buffers real
+            tensor.data = tensor.data.to(dtype or _dtype(model_type))
+    return model.to(device())
 
 
-def batches_for(count: int, rows: int, seq: int, *, vocab: int = 101) -> list[dict[str, torch.Tensor]]:
-    """`count` batches without padding, some labels ignored."""
+def _dtype(model_type: str) -> torch.dtype:
+    return torch.float32 if model_type in FLOAT32 else torch.float64
+
+
+def batches_for(
+    count: int, rows: int, seq: int, *, vocab: int = 101, model_type: str = ""
+) -> list[dict[str, torch.Tensor]]:
+    """`count` batches without padding, some labels ignored; with images if the type takes them."""
     generator = torch.Generator().manual_seed(1)
     result = []
     for _ in range(count):
         ids = torch.randint(3, vocab, (rows, seq), generator=generator)
         labels = ids.clone()
         labels[0, :2] = -100
-        result.append({name: x.to(device()) for name, x in {"input_ids": ids, "labels": labels}.items()})
+        batch = {name: x.to(device()) for name, x in {"input_ids": ids, "labels": labels}.items()}
+        if model_type in PARTS:
+            batch = with_images(batch, model_type, _dtype(model_type), len(result))
+        result.append(batch)
     return result

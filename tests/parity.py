@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from exactness import fresh_groups
-from model_types import CLASSICS, NoModelError, batches_for, causal, planned_types, tiny_config, tiny_of
+from model_types import CLASSICS, MULTIMODAL, NoModelError, batches_for, causal, planned_types, tiny_config, tiny_of
 from ranks import RankError, run_ranks
 from sharding import full_gradients, relative_error
 from torch import Tensor
@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import ds_seqpar
 import ds_seqpar.cli
 from ds_seqpar.errors import PlanError
-from ds_seqpar.families import Family, family
+from ds_seqpar.families import Family, family, has_data_file
 from ds_seqpar.hf import describe
 
 __all__ = ["TOLERANCE", "document", "measured", "parity"]
@@ -45,7 +45,7 @@ def parity(model_type: str, seq: int = 7) -> dict[str, Any]:
     report = ds_seqpar.shard(model, {"tp_size": dist.get_world_size(), "loss_chunk_tokens": 4})
     model.train(), reference.train()
     errors: dict[str, float] = {}
-    for i, batch in enumerate(batches_for(2, 3, seq)):
+    for i, batch in enumerate(batches_for(2, 3, seq, model_type=model_type)):
         loss, expected = _loss(model, batch) / 2, _loss(reference, batch) / 2
         errors[f"loss {i}"] = relative_error(loss.detach(), expected.detach())
         loss.backward()
@@ -67,10 +67,15 @@ def parity(model_type: str, seq: int = 7) -> dict[str, Any]:
 def measured(model_type: str, tp: int = 2) -> dict[str, Any]:
     """The line of the table for one type; AssertionError if it is neither exact nor refused by a PlanError."""
     cls = CONFIG_MAPPING[model_type]
+    if model_type in MULTIMODAL:  # its language model's plan is the one that counts
+        cls = type(tiny_config(model_type).get_text_config())
     styles = set((getattr(cls, "base_model_tp_plan", None) or {}).values())
-    data = family(model_type)
+    data = family(model_type if has_data_file(model_type) else cls.model_type)
     origin = [name for name, there in (("transformers", styles), ("data file", data != Family())) if there]
-    line: dict[str, Any] = {"plan": " + ".join(origin), "at": f"tp {tp}, accumulation 2"}
+    at = f"tp {tp}, accumulation 2" + (", images" if model_type in MULTIMODAL else "")
+    line: dict[str, Any] = {"plan": " + ".join(origin), "at": at}
+    if model_type in MULTIMODAL:
+        line["plan"] += f" of {cls.model_type}"
     line["styles"] = sorted(styles | set(data.styles.values()))
     refusal = _refusal(model_type)
     if refusal:
@@ -110,7 +115,7 @@ def main() -> None:
     """Measures every type (or those named) and writes the results and the table in docs/families.md."""
     path = Path(ds_seqpar.families.__file__).parent / "results.json"
     results = json.loads(path.read_text())["types"]
-    types = sys.argv[1:] or [*planned_types(), *CLASSICS]
+    types = sys.argv[1:] or sorted({*planned_types(), *CLASSICS, *MULTIMODAL})
     for model_type in types:
         try:
             results[model_type] = measured(model_type)
@@ -135,6 +140,7 @@ def document() -> str:
         exact=exact,
         refused=len(results) - exact,
         planned=len(planned_types()),
+        planned_exact=sum(results[name]["status"] == "exact" for name in planned_types()),
         version=ds_seqpar.families.MEASURED_WITH,
         table=ds_seqpar.cli.table(),
     )
@@ -144,11 +150,13 @@ DOCUMENT = """# Model types
 
 Written by `python tests/parity.py` from what it measured; `python -m ds_seqpar families` prints the same table.
 
-transformers {version} plans {planned} model types; this table holds them and the older types that have a data file here: {types} types,
-{exact} exact, {refused} refused by name before anything is changed. Exact: a random model of two layers, sharded over two ranks,
-gives after two accumulated batches the loss and every parameter's gradient of the unsharded model, each to a relative error of
-1e-5 (float64, where rotary embeddings, norms and routers of many types compute in float32). "Whole" names the blocks that every
-rank repeats on all tokens: exact, but not divided.
+transformers {version} plans {planned} model types, of which {planned_exact} are exact here; this table holds them, types that have
+a data file here instead, and vision-language models: {types} types, {exact} exact, {refused} refused by name before anything is
+changed. Exact: a random model of two layers, sharded over two ranks, gives after two accumulated batches the loss and every
+parameter's gradient of the unsharded model, each to a relative error of 1e-5 (float64, where rotary embeddings, norms and routers
+of many types compute in float32). "Whole" names the blocks that every rank repeats on all tokens: exact, but not divided. Of a
+model of several parts the language model is sharded, by the plan of the type that stands in the column; the rest of it, such as a
+vision tower, is whole on every rank, and its gradients are compared too.
 
 {table}
 """

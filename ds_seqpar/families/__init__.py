@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MEASURED_WITH", "RESULTS", "TESTED", "Family", "family"]
+__all__ = ["MEASURED_WITH", "RESULTS", "TESTED", "Family", "family", "has_data_file"]
 
 _FILE = json.loads((Path(__file__).parent / "results.json").read_text())
 MEASURED_WITH: str = _FILE["transformers"]
@@ -53,12 +53,16 @@ class Family:
     refused: str = ""
 
 
+def has_data_file(model_type: str) -> bool:
+    """Whether there is a data file of the type."""
+    return model_type.isidentifier() and find_spec(f"{__name__}.{model_type}") is not None
+
+
 def family(model_type: str) -> Family:
     """The data of a model type; empty if it needs none."""
-    name = f"{__name__}.{model_type.replace('-', '_')}"
-    if not model_type.isidentifier() or find_spec(name) is None:
+    if not has_data_file(model_type):
         return Family()
-    data = vars(import_module(name))
+    data = vars(import_module(f"{__name__}.{model_type}"))
     base = family(data["LIKE"]) if "LIKE" in data else Family()
     return Family(
         {**base.styles, **data.get("STYLES", {})},

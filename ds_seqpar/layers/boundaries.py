@@ -320,9 +320,14 @@ class ShardedTopModel(_Guarded, HidesHandles):
     """What the user calls, around the base model: shows `logits` (and hidden states) as handles."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Hugging Face model; `outputs.logits` becomes real when it is used."""
-        with self._guarded(args, kwargs):
-            return super().__call__(*args, **kwargs)
+        """As the Hugging Face model; `outputs.logits` becomes real when it is used.
+
+        What stands outside the base model (a vision tower, a classifier's dropout) is replicated, and draws alike on every rank.
+        """
+        with self._guarded(args, kwargs) as seed:
+            fork = self.seqpar.random.fork(seed, per_rank=False) if self.training else nullcontext()  # type: ignore[attr-defined]
+            with fork:
+                return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the Hugging Face model's; see HidesHandles."""

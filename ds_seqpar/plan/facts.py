@@ -21,9 +21,14 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model, by name and number. Module names are full; `tp_plan` patterns are full too."""
+    """A model, by name and number. Module names are full; `tp_plan` patterns are full too.
+
+    Of a model of several parts (a vision tower and a language model) everything but the names is the language model's.
+    """
 
     model_type: str
+    text_type: str  # model type of the language model; the same if the model is nothing else
+    data_file: str  # whose data file holds: the model's own, otherwise its language model's
     base: str  # name of the base model, "" if the model is its own
     tp_plan: Mapping[str, str]
     modules: Mapping[str, ModuleFacts]

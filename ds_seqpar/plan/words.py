@@ -26,7 +26,7 @@ TRANSFORMERS, USERS, BY_NAME = (
 
 def data_file_of(facts: ModelFacts) -> str:
     """How the type's data file is called as the ground of a plan."""
-    return f"data file of {facts.model_type}"
+    return f"data file of {facts.data_file}"
 
 
 @dataclass(frozen=True)

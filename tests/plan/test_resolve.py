@@ -59,8 +59,8 @@ def facts(
         }
     modules |= {"model.norm": _norm(h), "lm_head": _linear(vocab, h)}
     given = dict(
-        model_type="by_hand", base="model", tp_plan=PLAN, modules=modules, embedding="model.embed_tokens", head="lm_head",
-        num_heads=n, num_kv_heads=kv, head_dim=d, hidden_size=h,
+        model_type="by_hand", text_type="by_hand", data_file="by_hand", base="model", tp_plan=PLAN, modules=modules,
+        embedding="model.embed_tokens", head="lm_head", num_heads=n, num_kv_heads=kv, head_dim=d, hidden_size=h,
     )  # fmt: skip
     return ModelFacts(**{**given, **changes})
 
