@@ -348,11 +348,9 @@ def local_stand_ins() -> Iterator[Counter[tuple[str, int, int]]]:
             calls["peer copy", 1, math.prod(shape) * dtype.itemsize] += 1
         return plain_of(slot, own, shape, dtype, offset)
 
-    def barrier(memory: Any) -> None:
-        memory._barriers += 1
-
-    plain_of, plain_barrier = symmetric.Slot.of, symmetric.SymmetricMemory.barrier
-    symmetric.Slot.of, symmetric.SymmetricMemory.barrier = of, barrier  # type: ignore[method-assign, assignment]
+    plain_of, plain_meet = symmetric.Slot.of, symmetric.SymmetricMemory._meet
+    symmetric.Slot.of = of  # type: ignore[method-assign, assignment]
+    symmetric.SymmetricMemory._meet = lambda memory: None  # type: ignore[method-assign]
     places = [
         (holder, name, value)
         for holder in holders
@@ -364,7 +362,7 @@ def local_stand_ins() -> Iterator[Counter[tuple[str, int, int]]]:
     try:
         yield calls
     finally:
-        symmetric.Slot.of, symmetric.SymmetricMemory.barrier = plain_of, plain_barrier  # type: ignore[method-assign]
+        symmetric.Slot.of, symmetric.SymmetricMemory._meet = plain_of, plain_meet  # type: ignore[method-assign]
         for holder, name, value in places:
             setattr(holder, name, value)
 

@@ -37,15 +37,25 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, deepspeed: bool = True
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 300.0,
+    deepspeed: bool = True,
+    one_gpu: bool = False,
 ) -> list[Any]:
-    """Calls `function(*args)` on `world` ranks; returns what each returned. `deepspeed`: initialise deepspeed.comm too."""
-    if ON_GPU and world > torch.cuda.device_count():
+    """Calls `function(*args)` on `world` ranks; returns what each returned.
+
+    `deepspeed`: initialise deepspeed.comm too. `one_gpu`: the ranks share the first GPU and talk over gloo.
+    """
+    if one_gpu and not (ON_GPU and torch.cuda.device_count()):
+        pytest.skip("needs a GPU: set DS_SEQPAR_TEST_DEVICE=cuda where there is one")
+    if ON_GPU and not one_gpu and world > torch.cuda.device_count():
         pytest.skip(f"needs {world} GPUs, this machine has {torch.cuda.device_count()}; on the CPU the test runs")
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank, args=(rank, world, folder, function, args, deepspeed), daemon=True)
+            context.Process(target=_rank, args=(rank, world, folder, function, args, deepspeed, one_gpu), daemon=True)
             for rank in range(world)
         ]
         for process in ranks:
@@ -75,16 +85,19 @@ def run_ranks(
         return results
 
 
-def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: Any, deepspeed: bool) -> None:
+def _rank(
+    rank: int, world: int, folder: str, function: Callable[..., Any], args: Any, deepspeed: bool, one_gpu: bool
+) -> None:
     torch.set_num_threads(1)
     result, error = None, None
     try:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
-        backend = "nccl" if ON_GPU else "gloo"
+        backend = "nccl" if ON_GPU and not one_gpu else "gloo"
         if ON_GPU:
-            torch.cuda.set_device(rank)
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = str(int(one_gpu))
+            torch.cuda.set_device(0 if one_gpu else rank)
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
         if deepspeed:
             import deepspeed.comm

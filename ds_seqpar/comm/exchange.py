@@ -188,7 +188,7 @@ class _CopyEngines:
     def __init__(self, group: ProcessGroup) -> None:
         self.memory = SymmetricMemory(group)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.stream = torch.cuda.Stream()
+        self.stream = self.memory.stream
         # Each rank reads from a different peer at a time.
         self.peers = [(self.rank + step) % self.size for step in range(1, self.size)]
 
@@ -215,7 +215,6 @@ class _GatheringByRank:
 
         rows(by.rank, by.rank).copy_(shard)
         by.memory.barrier()
-        by.stream.wait_stream(torch.cuda.current_stream())
         self._arrived = []
         with torch.cuda.stream(by.stream):
             for peer in by.peers:
@@ -265,9 +264,8 @@ class _ScatteringByRank:
 
         for peer in by.peers:
             yield from self._part(peer, sent(by.rank, peer))
-        by.memory.barrier()
         received = like.new_empty((by.size - 1, rows, width))
-        by.stream.wait_stream(torch.cuda.current_stream())
+        by.memory.barrier()
         with torch.cuda.stream(by.stream):
             for i, peer in enumerate(by.peers):
                 received[i].copy_(sent(peer, by.rank))

@@ -1,8 +1,9 @@
 """Memory that every GPU of a group can read, and the rule by which it is reused.
 
-A slot may be written again only when every peer has finished reading it. A rank gives a slot back when its stream has waited
-for its own reads, and all ranks give it back at the same place, so a slot is free once a barrier lies between its return and
-its next use. All ranks make the same calls in the same order, so all agree on which slot is meant.
+Reads of peers' memory and barriers run on one stream of their own, in one order on all ranks, so that a rank which is late
+delays only the products that need its rows. A slot may be written again when every peer has finished reading it: all ranks give
+it back at the same place, after waiting for their own reads, so the first barrier after that stands behind everybody's reads,
+and the next use waits for it. All ranks make the same calls in the same order, so all agree on which slot is meant.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ _GRAIN = 2 << 20  # bytes; allocations of this memory come in such pages anyway
 
 
 class Slot:
-    """One allocation on every rank of the group. `given_back`: the count of barriers when it was, None while in use."""
+    """One allocation on every rank of the group.
+
+    `in_use`: taken and not given back. `unread`: the end of the first barrier since it was given back, None before that barrier.
+    """
 
     def __init__(self, memory: Tensor, handle: Any) -> None:
         self.memory, self.handle = memory, handle
-        self.given_back: int | None = None
+        self.in_use = True
+        self.unread: torch.cuda.Event | None = None
 
     def of(self, rank: int, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, offset: int = 0) -> Tensor:
         """A tensor in `rank`'s copy of the slot, `offset` bytes from its start."""
@@ -45,8 +50,8 @@ class SymmetricMemory:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
-        self._slots: list[Slot] = []
-        self._barriers = 0
+        self._slots: list[Slot] = []  # the one given back longest ago comes first
+        self.stream = torch.cuda.Stream(priority=-1)  # a barrier is placed before the next tiles of a product
 
     @property
     def nbytes(self) -> int:
@@ -55,24 +60,36 @@ class SymmetricMemory:
 
     def take(self, nbytes: int) -> Slot:
         """A slot of at least `nbytes` that no peer is reading any more. Collective when it must be allocated."""
-        fitting = [slot for slot in self._slots if slot.given_back is not None and slot.memory.nbytes >= nbytes]
-        for slot in fitting:
-            if slot.given_back is not None and slot.given_back < self._barriers:
-                slot.given_back = None
-                return slot
-        if fitting and len(self._slots) >= _ENOUGH_SLOTS:
+        fitting = [slot for slot in self._slots if not slot.in_use and slot.memory.nbytes >= nbytes]
+        slot = next((slot for slot in fitting if slot.unread is not None), None)
+        if slot is None and fitting and len(self._slots) >= _ENOUGH_SLOTS:
             self.barrier()
-            fitting[0].given_back = None
-            return fitting[0]
-        return self._allocate(nbytes)
+            slot = fitting[0]
+        if slot is None:
+            return self._allocate(nbytes)
+        assert slot.unread is not None
+        slot.unread.wait()
+        slot.in_use, slot.unread = True, None
+        return slot
 
     def give_back(self, slot: Slot) -> None:
         """This rank has read what it wanted from its peers' slots, and from this one, on the current stream."""
-        slot.given_back = self._barriers
+        slot.in_use = False
+        self._slots.remove(slot)
+        self._slots.append(slot)
 
     def barrier(self) -> None:
-        """Orders everything before it on every rank's current stream ahead of everything after it on any rank's."""
-        self._barriers += 1
+        """Orders what every rank's current stream holds so far ahead of what follows on any rank's `stream`."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self._meet()
+            met = torch.cuda.Event()
+            met.record()
+        for slot in self._slots:
+            if not slot.in_use and slot.unread is None:
+                slot.unread = met
+
+    def _meet(self) -> None:
         self._slots[0].handle.barrier(channel=0)
 
     def _allocate(self, nbytes: int) -> Slot:
@@ -80,7 +97,7 @@ class SymmetricMemory:
 
         torch.cuda.synchronize()
         torch.distributed.barrier(group=self._group)
-        self._slots = [s for s in self._slots if s.given_back is None or s.memory.nbytes >= nbytes]
+        self._slots = [s for s in self._slots if s.in_use or s.memory.nbytes >= nbytes]
         device = torch.device("cuda", torch.cuda.current_device())
         memory = symm_mem.empty((-(-nbytes // _GRAIN) * _GRAIN,), dtype=torch.uint8, device=device)
         slot = Slot(memory, symm_mem.rendezvous(memory, self._group))
