@@ -78,10 +78,8 @@ def describe(model: PreTrainedModel) -> ModelFacts:
             "with fused_linear_cross_entropy=False (the loss is fused here)"
         )
     plan = {(f"{base_name}.{k}" if base_name else k): v for k, v in (text.base_model_tp_plan or {}).items()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    if plan and (embedding is None or id(embedding) not in names):
-        raise PlanError(f"model type {model_type!r} has no input embedding that can be found")
+    embedding, head = _input_embedding(model), model.get_output_embeddings()
     heads = int(_common(text, "num_attention_heads") or 0)
     head_dim = _common(text, "head_dim") or (text.hidden_size // heads if heads else 0)
     kv_heads = int(_common(text, "num_key_value_heads") or _common(text, "num_kv_heads") or heads)
@@ -92,8 +90,8 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         base=base_name,
         tp_plan=plan,
         modules=_modules(model),
-        embedding=names.get(id(embedding), ""),
-        head=names[id(head)] if head is not None else None,
+        embedding=names.get(id(embedding)),
+        head=names.get(id(head)),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=int(head_dim),
@@ -132,6 +130,15 @@ def _base_of(model: PreTrainedModel, path: str) -> nn.Module:
     # some models name no base, but have one with the same config
     parts = (m for m in model.children() if isinstance(m, PreTrainedModel) and m.config is model.config)
     return next(parts, model)
+
+
+def _input_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """What transformers calls the input embedding; None if that is a list of them, or a tower's projection of patches."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embedding if isinstance(embedding, nn.Embedding) else None
 
 
 def _common(config: Any, name: str) -> Any:

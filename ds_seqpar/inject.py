@@ -243,9 +243,9 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
             why = f"{name} ({facts.modules[name].type_name}) is a norm over all heads but no plain RMS norm"
             plan.repeat_whole(around, [m for m in facts.modules if _holds(around, m)], why)
             plan.remarks.append(f"{around} is repeated whole by every rank: {why}")
-    embedding = _at(model, facts.embedding)
+    embedding = _at(model, facts.embedding) if facts.embedding is not None else None
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(embedding, option):
+        if getattr(embedding, option, None):
             raise PlanError(
                 f"{facts.embedding}: nn.Embedding({option}={getattr(embedding, option)}) cannot be cut by vocabulary"
             )
@@ -478,7 +478,9 @@ class _Injection:
         state, rank = self.state, self.state.groups.tp_rank
         if cut is None:
             shape = tuple(parameter.shape)
-            partial = style is not Style.ROUTER and (style is not Style.ROW or self._summed or state.sequence_parallel)
+            partial = style not in (Style.ROUTER, Style.EMBEDDING) and (
+                style is not Style.ROW or self._summed or state.sequence_parallel
+            )
             if partial:
                 state.partial.add(parameter)
             return ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
@@ -514,6 +516,7 @@ class _Injection:
             return CutRMSNorm.__name__
         if style is Style.EMBEDDING:
             module.vocab_start = cut.ranges[rank][0][0]  # type: ignore[assignment]
+            module.is_made_whole = set(module._parameters) != {"weight"}  # type: ignore[assignment]
             become(module, VocabParallelEmbedding, before=False)
             return VocabParallelEmbedding.__name__
         transposed = self.facts.modules[name].transposed

@@ -101,6 +101,12 @@ OWN: dict[str, dict[str, Any]] = {
         indexer_head_dim=8, indexer_budget=64, indexer_compress_ratio=1,
     ),
 }  # fmt: skip
+EMBEDDED = ("qwen3_omni_moe_talker_code_predictor", "qwen3_omni_moe_talker_text")
+"""Types that are given embeddings: sums of their own and of what another model makes."""
+
+MORE_INPUTS = {"voxtral_realtime_text": {"t_cond": (1, 1, 48)}}
+"""Tensors without a gradient that a type is given beside its tokens."""
+
 FLOAT32 = ("inkling2_text",)
 """Types whose code has a dtype of its own inside."""
 
@@ -189,6 +195,8 @@ def tiny_of(
             if parameter.dim() > 2 or not bool(torch.isfinite(parameter).all()):
                 parameter.zero_()  # some are left uninitialised
             parameter.add_(torch.randn(parameter.shape) * (0.1 if parameter.dim() == 1 else 0.05))
+    if hasattr(model.get_input_embeddings(), "eoi_token_index"):  # an id with an embedding of its own
+        model.get_input_embeddings().eoi_token_index = int(batches_for(1, 3, 7)[0]["input_ids"][1, 1])
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():  # `model.to` would make complex buffers real
             tensor.data = tensor.data.to(dtype or _dtype(model_type))
@@ -212,5 +220,10 @@ def batches_for(
         batch = {name: x.to(device()) for name, x in {"input_ids": ids, "labels": labels}.items()}
         if model_type in PARTS:
             batch = with_images(batch, model_type, _dtype(model_type), len(result))
+        for name, shape in MORE_INPUTS.get(model_type, {}).items():
+            batch[name] = torch.randn(shape, generator=generator).to(device(), _dtype(model_type))
+        if model_type in EMBEDDED:
+            embeds = torch.randn((rows, seq, SIZES["hidden_size"]), generator=generator)
+            batch["inputs_embeds"] = embeds.to(device(), _dtype(model_type))
         result.append(batch)
     return result

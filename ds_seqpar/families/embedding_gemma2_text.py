@@ -1,3 +1,4 @@
-"""EmbeddingGemma 2."""
+"""EmbeddingGemma 2: every layer is given its part of the per-layer embeddings, and mixes it in token by token."""
 
-REFUSED = "its gradients are not exact yet: layers whose heads differ in size read per-layer inputs"
+STYLES = {"ple.per_layer_projection_norm": "whole", "layers.*.ple_block": "tokenwise"}
+TOKEN_INPUTS = ("per_layer_input",)

@@ -1,3 +1,3 @@
-"""Voxtral Realtime's decoder."""
+"""Voxtral Realtime's decoder: in every layer a small network of the time scales all tokens alike, those of a rank on that rank."""
 
-REFUSED = "it is driven by an audio encoder's states, which its layers take beside the hidden states"
+STYLES = {"layers.*.ada_rms_norm": "tokenwise"}

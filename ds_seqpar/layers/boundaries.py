@@ -244,6 +244,8 @@ class _Guarded:
 class ShardedModel(_Guarded):
     """The base model: decides how this forward's tokens lie, and shows its outputs as TokenShards."""
 
+    _shards: set[Path] | None = None  # where in the output of the call that is running the shards are
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the Hugging Face model; hidden states come back as handles that become real when they are used."""
         state = self.seqpar
@@ -252,17 +254,33 @@ class ShardedModel(_Guarded):
             self._refuse_attentions(kwargs)
             region = state.region_for(*self._batch_and_seq(args, kwargs))
             fork = state.random.fork(seed, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
-            with state.within(region), fork:
-                output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            shards: set[Path] = set()
+            outer, self._shards = self._shards, shards
+            try:
+                with state.within(region), fork:
+                    output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                self._shards = outer
         if not region.cut:
             return output
         local = region.local_shape(self.hidden_size)  # type: ignore[attr-defined]
-        return _map(output, lambda _, x: TokenShard(x, region, state) if tuple(x.shape) == local else x)
+
+        def is_shard(path: Path, x: Tensor) -> bool:
+            return path in shards or tuple(x.shape) == local  # recorded hidden states never were handles
+
+        return _map(output, lambda path, x: TokenShard(x, region, state) if is_shard(path, x) else x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The Hugging Face forward; handles leave as the shards they hold, for the hooks."""
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return _map(output, lambda _, x: x.local() if isinstance(x, TokenShard) else x)
+
+        def held(path: Path, x: Tensor) -> Tensor:
+            if not isinstance(x, TokenShard):
+                return x
+            if self._shards is not None:
+                self._shards.add(path)
+            return x.local()
+
+        return _map(super().forward(*args, **kwargs), held)  # type: ignore[misc]
 
     def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int]:
         names = [name for name in inspect.signature(self.forward).parameters if name != "self"]

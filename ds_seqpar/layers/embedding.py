@@ -20,26 +20,28 @@ class VocabParallelEmbedding(nn.Embedding):
         weight [V, h] -> [V_r, h]      ids [b, s] -> TokenShard of [b, s, h] (this rank holds [1, c, h])
         forward y = reduce_scatter(own rows, zero elsewhere)    dw from all_gather(dy), complete
 
-    Outside a forward of the model, or where tokens are not cut, the result is [b, s, h] on every rank.
+    Outside a forward of the model, or where tokens are not cut, the result is [b, s, h] on every rank. So it is, first, for a
+    class that goes on with parameters of its own (`is_made_whole`): their gradients are complete on every rank.
     `num_embeddings` and `padding_idx` keep their meaning over the whole vocabulary.
     """
 
     seqpar: ShardingState
     vocab_start: int
+    is_made_whole: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """ids -> embeddings; a shard leaves wrapped, after the module's hooks have seen it plain."""
         output = super().__call__(*args, **kwargs)
         region, ids = self.seqpar.region, args[0] if args else kwargs["input"]
-        if region is not None and region.cut and ids.shape == (region.batch, region.seq):
-            return TokenShard(output, region, self.seqpar)
-        return output  # type: ignore[no-any-return]
+        if region is None or not region.cut or ids.shape != (region.batch, region.seq):
+            return output  # type: ignore[no-any-return]
+        return TokenShard(region.local_of_replicated(output) if self.is_made_whole else output, region, self.seqpar)
 
     def forward(self, input: Tensor) -> Tensor:
         """ids [b, s] -> [1, c, h] or [b, s, h]."""
         state = self.seqpar
         region = state.region
-        if region is None or input.shape != (region.batch, region.seq):
+        if region is None or self.is_made_whole or input.shape != (region.batch, region.seq):
             region = TokenRegion(1, input.numel(), False, state.groups)
         allowed = ((input >= 0) & (input < self.num_embeddings)).all()
         if input.device.type == "cpu" and not allowed:

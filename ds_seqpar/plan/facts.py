@@ -32,7 +32,7 @@ class ModelFacts:
     base: str  # name of the base model, "" if the model is its own
     tp_plan: Mapping[str, str]
     modules: Mapping[str, ModuleFacts]
-    embedding: str
+    embedding: str | None  # None: whatever embeds is not an nn.Embedding of the model's own, and stays whole
     head: str | None
     num_heads: int
     num_kv_heads: int

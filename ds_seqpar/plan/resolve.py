@@ -89,13 +89,18 @@ class _Planner:
                 raise PlanError(
                     f"{name}: the vocabulary can be cut in an nn.Embedding and an nn.Linear only; it is {kind}"
                 )
-            if set(module.shapes) - {"weight", "bias"}:
+            more = sorted(set(module.shapes) - {"weight", "bias"})
+            if more and style is Style.HEAD:
                 raise PlanError(
-                    f"{name} ({module.type_name}) owns {sorted(module.shapes)}; only an embedding or head of a weight (and bias) can be cut"
+                    f"{name} ({module.type_name}) owns {more}; only a head of a weight (and bias) can be cut"
                 )
             cut = self.sections.cut(None, name, 0, module.shapes["weight"][0], (Role.EVEN,))
-            cuts = {parameter: cut for parameter in module.shapes}
+            cuts = {parameter: cut for parameter in module.shapes if parameter not in more}
             self.result.modules[name] = ModulePlan(name, style, cuts, "the vocabulary is always cut")
+        if self.facts.embedding is None:
+            self.result.remarks.append(
+                "no input embedding was found; what makes the hidden states is repeated by every rank"
+            )
 
     def _place_the_rest(self, in_layers: set[str], words: Mapping[str, Word]) -> None:
         base = f"{self.facts.base}." if self.facts.base else ""
@@ -107,7 +112,7 @@ class _Planner:
                 if unknown:
                     raise PlanError(f"layer {name} itself owns parameters {unknown}; no plan says what becomes of them")
                 self.result.tokenwise.append(name)
-            elif name.startswith(f"{self.facts.embedding}."):
+            elif self.facts.embedding is not None and name.startswith(f"{self.facts.embedding}."):
                 self.result.tokenwise.append(name)
             elif name.startswith(base) and name != self.facts.base:
                 self.result.between.append(name)
