@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading, masking_utils
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -25,16 +26,18 @@ from transformers.core_model_loading import (
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from .errors import CheckpointError, PlanError
+from .errors import CheckpointError, ConfigError, PlanError
 from .families import family, has_data_file
 from .plan.facts import ModelFacts, ModuleFacts
 from .plan.wrappers import adapter_layer, inner_model_path, is_foreign
 
 __all__ = [
     "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "empty_model",
-    "enable_full_recompute", "loading_parts", "names_in_file", "require_model", "split_into_files", "uses_sdpa", "write_config",
+    "enable_full_recompute", "loading_parts", "masks_as_with_values", "names_in_file", "planned_config", "planned_model", "require_model",
+    "split_into_files", "uses_sdpa", "with_layers", "write_config",
 ]  # fmt: skip
 
 LINEARS = ("FalconLinear",)
@@ -357,6 +360,74 @@ def empty_model(folder: Path) -> PreTrainedModel:
         )
     with torch.device("meta"):
         return cls(config)
+
+
+def planned_config(source: str, sizes: Mapping[str, Any] | None = None) -> Any:
+    """The config of a folder, a config.json, a model type (with `sizes` over its defaults) or a name on the Hub.
+
+    Raises ConfigError in one line: unknown, gated, not reachable, or not what the config class takes.
+    """
+    path = Path(source)
+    try:
+        if path.is_dir() or path.is_file():
+            config = AutoConfig.from_pretrained(path)
+        elif source in CONFIG_MAPPING:
+            return CONFIG_MAPPING[source](**(sizes or {}))
+        elif source.count("/") == 1 and not path.suffix:
+            config = AutoConfig.from_pretrained(source)
+        else:
+            raise ConfigError(
+                f"{source!r} is neither a folder with a config.json, nor such a file, nor a model type of transformers "
+                f"{transformers.__version__}"
+            )
+        for name, value in (sizes or {}).items():
+            setattr(config, name, value)
+        return config
+    except ConfigError:
+        raise
+    except Exception as problem:  # whatever a config class or the Hub's client throws at what a user typed
+        line = next((text for text in str(problem).splitlines() if text.strip()), type(problem).__name__)
+        raise ConfigError(
+            f"the config of {source!r} cannot be had (gated, unknown, or unreachable?): {line}"
+        ) from problem
+
+
+def planned_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of a config, without memory for its weights. Raises PlanError if there is none."""
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as problem:
+        line = str(problem).splitlines()[0]
+        raise PlanError(
+            f"transformers makes no causal language model of type {config.model_type!r}: {line[:200]}"
+        ) from problem
+
+
+@contextmanager
+def masks_as_with_values() -> Iterator[None]:
+    """Attention masks of fake tensors are left out where those of real, unpadded and unpacked tokens are."""
+    plain = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = plain
+
+
+def with_layers(model: PreTrainedModel, keep: Mapping[str, list[int]]) -> None:
+    """Keeps of each list of layers (by its name) these, and of the config's lists that have an entry a layer the same."""
+    config = model.config
+    for name, indices in keep.items():
+        owner, _, attribute = name.rpartition(".")
+        layers = getattr(model.get_submodule(owner), attribute)
+        for key, value in list(vars(config).items()):
+            if isinstance(value, list | tuple) and len(value) == len(layers):
+                setattr(config, key, [value[i] for i in indices])
+        setattr(model.get_submodule(owner), attribute, nn.ModuleList([layers[i] for i in indices]))
+        config.num_hidden_layers = len(indices)
 
 
 def write_config(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:

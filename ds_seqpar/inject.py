@@ -87,7 +87,13 @@ def planned_cuts(facts: ModelFacts, tp_size: int) -> dict[str, Cut]:
 
 
 def inject(
-    model: nn.Module, facts: ModelFacts, config: SeqParConfig, groups: ParallelGroups, *, already_cut: bool = False
+    model: nn.Module,
+    facts: ModelFacts,
+    config: SeqParConfig,
+    groups: ParallelGroups,
+    *,
+    already_cut: bool = False,
+    has_values: bool = True,
 ) -> Report:
     """Shards `model` over `groups.tp_group` in place; every nn.Parameter stays the object it is and holds this rank's part.
 
@@ -95,6 +101,7 @@ def inject(
         model: a Hugging Face model, whole and equal on every rank, before any forward and any wrapper.
         facts: `hf.describe(model)`.
         already_cut: the cut parameters hold this rank's part already; `facts` is of the whole model.
+        has_values: False for a model that is only planned with, whose parameters are fake tensors: nothing can be compared.
 
     Returns:
         The Report, also kept as `model.seqpar_report`.
@@ -102,12 +109,14 @@ def inject(
     Raises:
         PlanError: the model cannot be sharded exactly; nothing of it was touched.
     """
-    _refuse_unfit(model)
+    if has_values:
+        _refuse_unfit(model)
     plan = resolve(facts, family(facts.data_file), groups.tp_size, config.plan)
     _check_modules(model, facts, plan)
     if already_cut:
         _require_parts(model, planned_cuts(facts, groups.tp_size), groups.tp_rank)
-    _refuse_different_weights(model, groups, set(planned_cuts(facts, groups.tp_size)) if already_cut else set())
+    if has_values:
+        _refuse_different_weights(model, groups, set(planned_cuts(facts, groups.tp_size)) if already_cut else set())
     report = Report(facts.model_type, groups.tp_size, groups.tp_rank, config.sequence_parallel)
     state = ShardingState(
         groups=groups,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import runs_triton
+from .dispatch import fused_kernels, runs_fused
 
 __all__ = ["gradient_", "scaled", "statistics"]
 
@@ -19,10 +19,8 @@ def statistics(logits: Tensor, local_targets: Tensor) -> Tensor:
     Args:
         logits: [n, V_r]. local_targets: [n] int64, counted from this rank's first row; outside 0 .. V_r - 1 the third is 0.
     """
-    if runs_triton(logits) and logits.dtype != torch.float64:
-        from . import triton_kernels as kernels
-
-        return kernels.cross_entropy_statistics(logits, local_targets)
+    if runs_fused(logits) and logits.dtype != torch.float64:
+        return fused_kernels().cross_entropy_statistics(logits, local_targets)  # type: ignore[no-any-return]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top = wide.max(dim=-1).values
     mine = (local_targets >= 0) & (local_targets < logits.shape[-1])
@@ -36,10 +34,8 @@ def gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tensor, scale: Ten
     Args:
         log_sum: [n], log of the sum of exp over the whole vocabulary. scale: [n], 0 for tokens that do not count.
     """
-    if runs_triton(logits) and logits.dtype != torch.float64:
-        from . import triton_kernels as kernels
-
-        return kernels.cross_entropy_gradient_(logits, local_targets, log_sum, scale)
+    if runs_fused(logits) and logits.dtype != torch.float64:
+        return fused_kernels().cross_entropy_gradient_(logits, local_targets, log_sum, scale)  # type: ignore[no-any-return]
     mine = (local_targets >= 0) & (local_targets < logits.shape[-1])
     wide = logits.to(log_sum.dtype).sub_(log_sum.unsqueeze(-1)).exp_()
     index = torch.where(mine, local_targets, 0).unsqueeze(-1)
@@ -51,8 +47,6 @@ def gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tensor, scale: Ten
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x * factor (a scalar tensor) in `dtype`, rounded once from the wider of x's and the factor's dtype."""
-    if runs_triton(x) and x.dtype != torch.float64 and x.is_contiguous():
-        from . import triton_kernels as kernels
-
-        return kernels.scaled(x, factor, dtype)
+    if runs_fused(x) and x.dtype != torch.float64 and x.is_contiguous():
+        return fused_kernels().scaled(x, factor, dtype)  # type: ignore[no-any-return]
     return x.to(torch.promote_types(x.dtype, factor.dtype)).mul(factor).to(dtype)

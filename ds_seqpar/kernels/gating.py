@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from .adjacent import parted
-from .dispatch import runs_triton
+from .dispatch import fused_kernels, runs_fused
 
 __all__ = ["Activation", "gated", "gated_backward", "known_activation"]
 
@@ -38,19 +38,15 @@ def known_activation(act: Activation) -> str | None:
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """act(gate) * up for gate, up [T, I_r] (rows may be strided) -> [T, I_r]; fp32 arithmetic on GPUs."""
-    if not runs_triton(gate):
+    if not runs_fused(gate):
         return _KNOWN[act](gate) * up
-    from . import triton_kernels as kernels
-
-    return kernels.gated(gate, up, act)
+    return fused_kernels().gated(gate, up, act)  # type: ignore[no-any-return]
 
 
 def gated_backward(dproduct: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     """(dgate, dup, act(gate) * up), each [T, I_r]; the first two side by side in memory. `dproduct` may be overwritten."""
-    if runs_triton(gate):
-        from . import triton_kernels as kernels
-
-        return kernels.gated_backward(dproduct, gate, up, act)
+    if runs_fused(gate):
+        return fused_kernels().gated_backward(dproduct, gate, up, act)  # type: ignore[no-any-return]
     with torch.enable_grad():
         gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
         product = _KNOWN[act](gate) * up

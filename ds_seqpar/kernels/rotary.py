@@ -13,16 +13,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .dispatch import runs_triton
+from .dispatch import fused_kernels, runs_fused
 
 __all__ = ["rotate"]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    if runs_triton(x) and x.stride(-1) == 1:
-        from . import triton_kernels as kernels
-
-        return kernels.rotate(x, cos, sin, inverse)
+    if runs_fused(x) and x.stride(-1) == 1:
+        return fused_kernels().rotate(x, cos, sin, inverse)  # type: ignore[no-any-return]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if inverse:
         first, second = (x * sin).chunk(2, dim=-1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import is_plain
 from .handles import GatedActivation
 from .region import ShardingState
 
@@ -22,7 +23,7 @@ class DeferredActivation:
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x -> act(x), which is computed when it is needed; hooks of the module run then."""
         call = super().__call__  # type: ignore[misc]
-        plain = args or kwargs or type(input) is not Tensor or not self.seqpar.in_block or not torch.is_grad_enabled()
+        plain = args or kwargs or not is_plain(input) or not self.seqpar.in_block or not torch.is_grad_enabled()
         if plain or not input.is_floating_point():
             return call(input, *args, **kwargs)  # type: ignore[no-any-return]
         handle: GatedActivation = GatedActivation.of(input, self.seqpar)

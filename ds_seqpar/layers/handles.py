@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import SeqParError
+from ..kernels.dispatch import is_plain
 from .region import ShardingState, TokenRegion
 
 if TYPE_CHECKING:
@@ -365,7 +366,7 @@ class GatedActivation(_Deferred):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _name_of(func)[0] in ("mul", "__mul__", "__rmul__", "multiply") and len(args) == 2 and not kwargs:
             gate, up = args if isinstance(args[0], GatedActivation) else args[::-1]
-            alike = type(up) is Tensor and up.shape == gate.shape and up.dtype == gate.dtype
+            alike = is_plain(up) and up.shape == gate.shape and up.dtype == gate.dtype
             if alike and gate.is_untouched() and gate._grad_mode == torch.is_grad_enabled():
                 product: GatedProduct = GatedProduct.of(gate.source, gate.state)
                 product.up, product.act, product.compute = up, gate.act, gate.compute

@@ -44,7 +44,8 @@ class _ColumnParallel(Function):
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:n], parameters[n:]
-        ctx.region, ctx.n, ctx.remake = region, n, remake
+        # Its function alone: the node lives until the loss does, and what it is made of would live as long.
+        ctx.region, ctx.n, ctx.remake = region, n, None if remake is None else remake.function
         wants_dw = any(ctx.needs_input_grad[5 : 5 + n])
         kept = [] if not wants_dw else [x] if remake is None else remake.made_of
         ctx.save_for_backward(*weights, *kept)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import is_plain
 from ..kernels.rotary import rotate
 
 __all__ = ["fuse_rotary", "within_sharded_block"]
@@ -56,7 +57,7 @@ def fuse_rotary(module_name: str) -> bool:
 
 def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """x [b, n, s, d] with tables [b or 1, s, d] of its dtype that get no gradient."""
-    alike = cos.shape == sin.shape and cos.dtype == sin.dtype == x.dtype and type(x) is type(cos) is type(sin) is Tensor
+    alike = cos.shape == sin.shape and cos.dtype == sin.dtype == x.dtype and all(map(is_plain, (x, cos, sin)))
     fits = x.dim() == 4 and cos.dim() == 3 and cos.shape[0] in (1, x.shape[0]) and cos.shape[1:] == x.shape[2:]
     return alike and fits and not (cos.requires_grad or sin.requires_grad) and x.shape[-1] % 2 == 0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["is_tokenwise"]
 
@@ -12,9 +14,13 @@ __all__ = ["is_tokenwise"]
 def is_tokenwise(module: nn.Module, hidden_size: int) -> bool:
     """True if `module` maps [1, n, h] to [1, n, h'] (or several of them) row by row, for any n and any order of the rows.
 
-    Measured on random rows with the module's own weights, in evaluation mode; the module is left as it was.
+    Measured on random rows with the module's own weights, in evaluation mode; the module is left as it was. A module whose
+    weights have no values (on the meta device, or fake tensors) is measured with random ones.
     """
     parameter = next(module.parameters())
+    if parameter.is_meta or type(parameter.data) is not Tensor:
+        module = _with_values(module)
+        parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, 4, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
     was_training = module.training
@@ -29,6 +35,18 @@ def is_tokenwise(module: nn.Module, hidden_size: int) -> bool:
         module.train(was_training)
     ours, theirs = _tensors(whole), _tensors(singly)
     return bool(ours) and len(ours) == len(theirs) and all(map(_same_rows, ours, theirs))
+
+
+def _with_values(module: nn.Module) -> nn.Module:
+    """A copy of `module` on the CPU with random parameters; buffers are ones, which divide and multiply harmlessly."""
+    generator = torch.Generator().manual_seed(1)
+    memo: dict[int, object] = {}
+    for parameter in module.parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        memo[id(parameter)] = nn.Parameter(values.to(parameter.dtype), requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.ones(buffer.shape, dtype=buffer.dtype)
+    return copy.deepcopy(module, memo)
 
 
 def _tensors(output: object) -> list[torch.Tensor]:
