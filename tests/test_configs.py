@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,28 @@ def test_every_config_file_trains(path: Path) -> None:
         assert steps == 1
         assert stage == config["zero_optimization"]["stage"]
         assert 3.0 < loss < 7.0
+
+
+MIGRATION = (Path(__file__).parent.parent / "docs" / "migration.md").read_text()
+DIFFS = re.findall(r"^## (From [^\n]*)\n\n```diff\n(.*?)```", MIGRATION, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("diff", [pytest.param(diff, id=title) for title, diff in DIFFS])
+def test_what_the_migration_page_writes_trains(tmp_path: Path, diff: str) -> None:
+    """The JSON after each change, in a file that holds nothing else but a micro batch."""
+    sides = {
+        sign: json.loads("{" + ",".join(x[1:].strip().rstrip(",") for x in diff.splitlines() if x[0] == sign) + "}")
+        for sign in "-+"
+    }
+    assert sides["-"] and "ds_seqpar" not in sides["-"]
+    path = tmp_path / "after.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, **sides["+"]}))
+    for steps, _, loss in run_ranks(sides["+"]["ds_seqpar"]["tp_size"], _one_step, str(path)):
+        assert steps == 1 and 3.0 < loss < 7.0
+
+
+def test_every_way_of_the_migration_page_is_one_diff() -> None:
+    assert len(DIFFS) == MIGRATION.count("\n## From ") == MIGRATION.count("```diff") == 3
 
 
 def test_there_are_config_files() -> None:

@@ -93,11 +93,27 @@ def test_the_accelerate_example_trains_and_saves(model: str, tmp_path: Path) -> 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
+def test_the_sft_example_trains_packed_rows_and_saves(model: str, tmp_path: Path, rank: int) -> None:
+    output = _launch(
+        tmp_path, *DEEPSPEED, str(ROOT / "examples" / "sft.py"), "--model", model, "--output_dir", "out", "--deepspeed",
+        str(ROOT / "configs" / "hf" / "zero1_tp2.json"), "--max_length", "16", "--packing", "True", "--rows", "8", "--max_steps", "2",
+        "--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--save_strategy", "no", "--per_device_train_batch_size", "2",
+        "--logging_steps", "1", "--lora_rank", str(rank), "--gradient_checkpointing", "False",
+    )  # fmt: skip
+    assert output.count("tp_size=2") == 1 and "train_loss" in output
+    saved = {path.name for path in (tmp_path / "out").iterdir()}
+    assert ("adapter_model.safetensors" in saved) == bool(rank) and ("model.safetensors" in saved) == (not rank)
+
+
 def _one_step(job: dict[str, Any], out: str) -> dict[str, Any]:
     return hf_trainer.run(job, Path(out))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=pytest.mark.slow if "tp8" in p.stem else (), id=p.stem) for p in CONFIGS]
+)
 def test_every_hf_config_trains(model: str, tmp_path: Path, path: Path) -> None:
     config = json.loads(path.read_text())
     arguments: dict[str, Any] = dict(
@@ -116,4 +132,4 @@ def test_every_hf_config_trains(model: str, tmp_path: Path, path: Path) -> None:
 
 
 def test_there_are_hf_configs() -> None:
-    assert len(CONFIGS) >= 5
+    assert len(CONFIGS) >= 6
