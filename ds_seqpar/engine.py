@@ -44,6 +44,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from .adapters import merge_gathered, parameter_adapters
 from .checkpoint.gathering import gather_parameter, part_of
 from .checkpoint.rendezvous import meet
 from .checkpoint.resume import load_checkpoint, save_checkpoint
@@ -60,6 +61,7 @@ from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
 from .layers.region import ShardingState
 from .plan.report import ParameterEntry, Report
+from .plan.wrappers import saved_names
 
 __all__ = [
     "data_parallel_group", "export", "gathered", "groups_of", "initialize", "patch", "saved_buffers", "shard", "whole_parameter",
@@ -97,11 +99,21 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     trains = given.get("optimizer") is not None or "optimizer" in ds_config
     translated = _translated(ds_config, config, trains)
     require_model(given.get("model"))
+    _refuse_partitioned(given["model"], ds_config)
     report = shard(given["model"], config)
     given.update(config=translated, config_params=None, args=_without_config(given.get("args")))
     results = _plain_initialize(**given)
     _finish(results[0], report, config, ds_config)
     return results  # type: ignore[no-any-return]
+
+
+def _refuse_partitioned(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
+    adapted = parameter_adapters(model)
+    if adapted is not None and _section(ds_config, "zero_optimization").get("stage") == 3:
+        raise PlanError(
+            f"{adapted} has adapters of single parameters (target_parameters), which are changed while ZeRO-3 holds them in "
+            'parts; use "zero_optimization": {"stage": 2} or lower'
+        )
 
 
 def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
@@ -139,6 +151,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     _tag(model, groups)
     if model is not hf_model:
         see_through(model)
+        merge_gathered(model, deepspeed.zero.GatheredParameters)
         _refuse_on_wrapper(model)
     if comm.get_rank() == 0:
         _logger().info("%s", report)
@@ -502,6 +515,7 @@ def export(
         return whole_parameter(parameters[name], entries[name], state.groups)
 
     if model is not inner:
+        whole = {name: whole[name] for name in saved_names(model, whole)}
         write_wrapper_together(model, folder.resolve(), whole, fetch, state.groups.world_cpu_group, tokenizer=tokenizer)
         return
     write_together(

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import CheckpointError, ConfigError, PlanError
 from .families import family, has_data_file
 from .plan.facts import ModelFacts, ModuleFacts
-from .plan.wrappers import adapter_layer, inner_model_path, is_foreign
+from .plan.wrappers import adapter_layer, inner_model_path, is_foreign, unwrapped
 
 __all__ = [
     "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "empty_model",
@@ -71,8 +71,10 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     base = _base_of(top, family(data_file).base)
     base_name = next((name for name, module in model.named_modules() if module is base), "")
     if getattr(model, "hf_quantizer", None) is not None:
+        method = getattr(getattr(config, "quantization_config", None), "quant_method", "by a quantizer")
         raise PlanError(
-            f"this {model_type} model is quantized ({config.quantization_config}); load it without quantization"
+            f"this {model_type} model is quantized ({getattr(method, 'value', method)}); packed weights cannot be cut, so QLoRA is not "
+            "available: load the model without quantization and use LoRA"
         )
     replaced = next((m for m in (model, base) if "liger" in getattr(m.forward, "__module__", "")), None)
     if replaced is not None:
@@ -156,7 +158,7 @@ def _block_heads(model: nn.Module, num_heads: int, num_kv_heads: int) -> dict[st
     """(query heads, kv heads) of the attention modules whose sizes say something else than the config."""
     found = {}
     for name, module in model.named_modules():
-        head_dim, key = getattr(module, "head_dim", None), getattr(module, "k_proj", None)
+        head_dim, key = getattr(module, "head_dim", None), unwrapped(getattr(module, "k_proj", None))
         groups = getattr(module, "num_key_value_groups", None)
         if not (isinstance(head_dim, int) and isinstance(key, nn.Linear) and isinstance(groups, int)):
             continue
@@ -174,10 +176,9 @@ def _modules(model: nn.Module) -> dict[str, ModuleFacts]:
             continue
         if is_foreign(module):
             kind = f"{type(module).__module__}.{type(module).__name__}"
-            raise PlanError(f"{name} is a {kind}, which cannot be sharded; LoRA and rsLoRA on linears can")
-        wrapper = adapter_layer(module)
-        if wrapper is not None:
-            wrapped, module = name, getattr(module, wrapper.base)
+            raise PlanError(f"{name} is a {kind}, which cannot be sharded; LoRA and rsLoRA can")
+        if adapter_layer(module) is not None:
+            wrapped, module = name, unwrapped(module)
         shapes = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
         if shapes:
             role = "other"

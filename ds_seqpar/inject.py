@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .adapters import check_adapters, shard_adapters
 from .checkpoint.gathering import part_of
 from .comm.exchange import Exchange
 from .config import Overlap, Recompute, SeqParConfig
@@ -22,7 +23,6 @@ from .errors import PlanError
 from .families import TESTED, family
 from .groups import ParallelGroups
 from .kernels.gating import known_activation
-from .layers.adapters import AdapterDown, TakesHandles
 from .layers.blocks import (
     ExpertsBlock,
     FirstRankOnly,
@@ -63,7 +63,7 @@ from .plan.patterns import matches
 from .plan.report import Entry, ParameterEntry, Report
 from .plan.resolve import resolve
 from .plan.styles import BlockKind, Style
-from .plan.wrappers import AdapterLayer, adapter_layer, inner_model_path
+from .plan.wrappers import adapters_around, inner_model_path, unwrapped
 
 __all__ = ["PartlyLoaded", "inject", "planned_cuts", "report_of", "see_through"]
 
@@ -245,7 +245,7 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
                 f"{name} ({about.type_name}) owns parameters {list(about.shapes)} inside {around}, which is cut; take it out, or "
                 "use an adapter that is known (docs/integrations.md)"
             )
-    _check_adapters(model, facts, plan)
+    check_adapters(model, facts, plan)
     for name, planned in list(plan.modules.items()):
         if planned.style is Style.CUT_NORM and rms_norm_epsilon(model.get_submodule(name)) is None:
             around = next(b for b in plan.blocks if _holds(b, name))
@@ -267,25 +267,8 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
 
 def _at(model: nn.Module, name: str) -> nn.Module:
     """The module of that name in the unwrapped model."""
-    module = model.get_submodule(name)
-    wrapper = adapter_layer(module)
-    return module if wrapper is None else getattr(module, wrapper.base)
-
-
-def _check_adapters(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
-    for name in facts.modules:
-        module = model.get_submodule(name)
-        wrapper = adapter_layer(module)
-        if wrapper is None:
-            continue
-        for attribute, meaning in wrapper.refused.items():
-            if getattr(module, attribute, None):
-                raise PlanError(f"{name} has {meaning}; it cannot be sharded exactly: use plain LoRA or rsLoRA")
-        style = plan.modules[name].style if name in plan.modules else None
-        fits = style is Style.EMBEDDING if wrapper.whole else style in (Style.COLUMN, Style.PACKED_COLUMN, Style.ROW)
-        if not fits:
-            place = style.value if style else "not in a sharded block"
-            raise PlanError(f"{name} ({place}) carries an adapter; leave it out of the adapter's target_modules")
+    module: nn.Module = unwrapped(model.get_submodule(name))
+    return module
 
 
 def _width(module: nn.Module, hidden_size: int) -> int:
@@ -428,36 +411,11 @@ class _Injection:
         module.seqpar = self.state  # type: ignore[assignment]
         becomes = self._swap(name, module, planned.style, planned.cuts)
         outer = self.model.get_submodule(name)
-        wrapper = adapter_layer(outer)
-        self.entries.append(
-            Entry(name if wrapper is None else f"{name}.{wrapper.base}", was, becomes, parameters, planned.why)
+        inside = "".join(f".{layer.base}" for _, layer in adapters_around(outer))
+        self.entries.append(Entry(name + inside, was, becomes, parameters, planned.why))
+        self.entries += shard_adapters(
+            name, outer, planned.style, planned.cuts, self.state, self._parameter, summed=self._summed
         )
-        if wrapper is not None:
-            self._adapters(name, outer, wrapper, planned.style, planned.cuts)
-
-    def _adapters(self, name: str, outer: nn.Module, wrapper: AdapterLayer, style: Style, cuts: Any) -> None:
-        """Low-rank factors: cut where the base layer's dimension is cut, whole (and partial) where it is not."""
-        if wrapper.down:
-            for module in (outer, *getattr(outer, wrapper.dropout).values()):
-                become(module, TakesHandles)
-        for attribute in wrapper.whole:
-            shapes = {k: tuple(p.shape) for k, p in getattr(outer, attribute).items()}
-            entries = {k: ParameterEntry(Kind.FULL, shape, shape) for k, shape in shapes.items()}
-            self.entries.append(
-                Entry(f"{name}.{attribute}", "Parameter", "Parameter", entries, "an adapter; stays whole")
-            )
-        for attribute, is_cut in ((wrapper.down, style is Style.ROW), (wrapper.up, style is not Style.ROW)):
-            for adapter, factor in getattr(outer, attribute).items() if attribute else ():
-                own = {key: cuts["weight"] if is_cut else None for key, _ in factor.named_parameters()}
-                parameters = {k: self._parameter(p, own[k], Style.ROW) for k, p in factor.named_parameters()}
-                factor.out_features, factor.in_features = factor.weight.shape
-                factor.seqpar, was = self.state, type(factor).__name__
-                if attribute == wrapper.down:
-                    factor.__class__ = RowParallelLinear if style is Style.ROW else AdapterDown
-                entry = Entry(
-                    f"{name}.{attribute}.{adapter}", was, type(factor).__name__, parameters, "an adapter's factor"
-                )
-                self.entries.append(entry)
 
     def _unplanned(self, name: str, module: nn.Module, was: str) -> None:
         whole = next((b for b in self.plan.blocks.values() if _holds(b.name, name) and b.kind is BlockKind.WHOLE), None)

@@ -6,16 +6,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import export, gathered, saved_buffers, whole_parameter
 from ..hf import require_model
 from ..layers.region import ShardingState
+from ..plan.wrappers import saved_names
 from .rendezvous import meet
 from .writing import PICKLED_WEIGHTS, SAFE_WEIGHTS
 
-__all__ = ["full_state_dict", "save_pretrained"]
+__all__ = ["full_state_dict", "save_pretrained", "saved_state_dict"]
 
 
 def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
@@ -25,19 +27,39 @@ def full_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
     ranks that are missing, if only some call it.
     """
     model, _ = gathered(engine_or_model)
+    return _on_first_rank(model, None)
+
+
+def saved_state_dict(engine_or_model: Any) -> dict[str, Tensor]:
+    """As `full_state_dict`, but of a model in a wrapper of adapters only what the wrapper's `save_pretrained` writes."""
+    model, _ = gathered(engine_or_model)
+    if model is require_model(model):
+        return _on_first_rank(model, None)
+    entries = require_model(model).seqpar.entries
+    shapes = {
+        n: torch.empty(entries[id(p)].shape, device="meta") for n, p in model.named_parameters(remove_duplicate=False)
+    }
+    shapes |= {name: buffer.to("meta") for name, buffer in saved_buffers(model).items()}
+    return _on_first_rank(model, set(saved_names(model, shapes)))
+
+
+def _on_first_rank(model: nn.Module, only: set[str] | None) -> dict[str, Tensor]:
     state: ShardingState = require_model(model).seqpar
     meet("ds_seqpar.full_state_dict", state.groups.world_cpu_group)
     keep = dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
     by_identity: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if only is not None and name not in only:
+            continue
         if id(parameter) not in by_identity:
             tensor = whole_parameter(parameter, state.entries[id(parameter)], state.groups)
             by_identity[id(parameter)] = tensor.cpu() if keep else tensor.new_empty(0)
         if keep:
             whole[name] = by_identity[id(parameter)]
     if keep:
-        whole.update({name: tensor.detach().cpu() for name, tensor in saved_buffers(model).items()})
+        buffers = {name: x for name, x in saved_buffers(model).items() if only is None or name in only}
+        whole.update({name: tensor.detach().cpu() for name, tensor in buffers.items()})
     dist.barrier()  # a rank that holds nothing must not leave, or exit, while the others still gather from it
     return whole
 

@@ -4,6 +4,8 @@
                                         up [out, r] -> [out_r, r], an ordinary linear
     beside a row-parallel linear        down [r, in] -> [r, in_r], a RowParallelLinear: [T, r] is reduce-scattered to [c, r]
                                         up [out, r] whole, an ordinary linear on this rank's rows
+    beside an embedding                 lookup [r, V] -> [r, V_r]: [T, r] is reduce-scattered to [c, r]
+                                        mix [h, r] whole, on this rank's rows
 
 Legend: T tokens, t tp_size, c = ceil(T/t), r rank, _r this rank's part. The gradient of a whole factor is partial.
 """
@@ -16,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SeqParError
-from .handles import GatheredInput, Handle
+from .embedding import rows_of_vocabulary
+from .handles import GatheredInput, Handle, TokenShard
 from .linear import call_past_deepspeed
 from .region import ShardingState
 
-__all__ = ["AdapterDown", "TakesHandles"]
+__all__ = ["AdapterDown", "TakesHandles", "VocabParallelLookup"]
 
 
 class TakesHandles:
@@ -56,3 +59,27 @@ class AdapterDown(nn.Linear):
                 '"sequence_parallel": false an adapter can have no dropout'
             )
         return super().__call__(input)  # type: ignore[no-any-return]
+
+
+class LookedUp(TokenShard):
+    """Rows [b, s, r] of an adapter's lookup; multiplied with its mix [r, h], whose gradient is summed, they stay a shard."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("matmul", "__matmul__") and isinstance(args[0], LookedUp):
+            rows, mix = args
+            if type(mix) in (Tensor, nn.Parameter) and rows.is_untouched():
+                return TokenShard(rows.source @ mix, rows.region, rows.state)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class VocabParallelLookup:
+    """An embedding's adapter: ids [b, s] -> its lookup's rows, of which each rank knows those of its part of the vocabulary."""
+
+    seqpar: ShardingState
+
+    def _embed(self, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+        """ids [b, s], weight [V_r, r] -> [b, s, r], this rank's tokens of it where the model's tokens are cut."""
+        base = self.get_base_layer()  # type: ignore[attr-defined]
+        local, region = rows_of_vocabulary(input, weight, self.seqpar, base)
+        return LookedUp(local, region, self.seqpar) if region.cut else local.view(*input.shape, -1)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding as lookup
 
 from .handles import TokenShard
 from .region import ShardingState, TokenRegion
 
-__all__ = ["VocabParallelEmbedding"]
+__all__ = ["VocabParallelEmbedding", "rows_of_vocabulary"]
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -39,21 +39,32 @@ class VocabParallelEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """ids [b, s] -> [1, c, h] or [b, s, h]."""
-        state = self.seqpar
-        region = state.region
-        if region is None or self.is_made_whole or input.shape != (region.batch, region.seq):
-            region = TokenRegion(1, input.numel(), False, state.groups)
-        allowed = ((input >= 0) & (input < self.num_embeddings)).all()
-        if input.device.type == "cpu" and not allowed:
-            bad = input[(input < 0) | (input >= self.num_embeddings)]
-            raise IndexError(f"input id {int(bad[0])} is outside the vocabulary of {self.num_embeddings}")
-        torch._assert_async(allowed, f"an input id is outside the vocabulary of {self.num_embeddings}")
-        local_ids = input - self.vocab_start
-        mine = (local_ids >= 0) & (local_ids < self.weight.shape[0])
-        padding = None
-        if self.padding_idx is not None and 0 <= self.padding_idx - self.vocab_start < self.weight.shape[0]:
-            padding = self.padding_idx - self.vocab_start
-        found = embedding(torch.where(mine, local_ids, 0), self.weight, padding)
-        partial = found * mine.unsqueeze(-1).to(found.dtype)
-        local = region.local_of_partial(partial.reshape(region.tokens, -1))
+        local, region = rows_of_vocabulary(input, self.weight, self.seqpar, self, whole=self.is_made_whole)
         return local if region.cut else local.view(*input.shape, -1)
+
+
+def rows_of_vocabulary(
+    ids: Tensor, weight: Tensor, state: ShardingState, embedding: nn.Embedding, *, whole: bool = False
+) -> tuple[Tensor, TokenRegion]:
+    """weight [V_r, w], this rank's part of a table over `embedding`'s vocabulary -> (its rows of `ids`, where they lie).
+
+    The rows [T, w] are a sum over the ranks: [1, c, w] where the running forward cuts its tokens and not `whole`, else all of them.
+    Raises IndexError for an id outside the vocabulary (on a GPU, a device-side assertion).
+    """
+    region, number = state.region, embedding.num_embeddings
+    if region is None or whole or ids.shape != (region.batch, region.seq):
+        region = TokenRegion(1, ids.numel(), False, state.groups)
+    allowed = ((ids >= 0) & (ids < number)).all()
+    if ids.device.type == "cpu" and not allowed:
+        bad = ids[(ids < 0) | (ids >= number)]
+        raise IndexError(f"input id {int(bad[0])} is outside the vocabulary of {number}")
+    torch._assert_async(allowed, f"an input id is outside the vocabulary of {number}")
+    start = embedding.vocab_start
+    local_ids = ids - start  # type: ignore[operator]
+    mine = (local_ids >= 0) & (local_ids < weight.shape[0])
+    padding = None
+    if embedding.padding_idx is not None and 0 <= embedding.padding_idx - start < weight.shape[0]:  # type: ignore[operator]
+        padding = int(embedding.padding_idx - start)  # type: ignore[operator]
+    found = lookup(torch.where(mine, local_ids, 0), weight, padding)
+    partial = found * mine.unsqueeze(-1).to(found.dtype)
+    return region.local_of_partial(partial.reshape(region.tokens, -1)), region

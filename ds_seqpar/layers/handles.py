@@ -44,6 +44,8 @@ _ELEMENTWISE = {
     "mul", "__mul__", "__rmul__", "multiply", "div", "__div__", "__truediv__", "true_divide", "divide", "add", "__add__",
     "__radd__", "sub", "__sub__", "neg", "__neg__", "tanh", "to", "float", "half", "bfloat16", "contiguous",
 }  # fmt: skip
+_SUMS = {"add", "__add__", "__radd__", "sub", "__sub__"}
+_SCALINGS = {"mul", "__mul__", "__rmul__"}
 _ARITHMETIC = _ELEMENTWISE - {"to", "float", "half", "bfloat16", "contiguous"}
 _ELEMENTWISE_ON_TOKENS = _ELEMENTWISE | {"dropout", "clone", "detach"}
 
@@ -108,6 +110,13 @@ class Handle(torch.Tensor):
     def _acted_on(self, act: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.set_grad_enabled(self._grad_mode and torch.is_grad_enabled()):
             return self._apply(act)
+
+    def _lies_as(self, other: Any) -> bool:
+        """Whether `other` holds the same part of a tensor of the same shape, so that adding parts is adding wholes."""
+        return False
+
+    def _acted_on_with(self, other: Any, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return self._acted_on(lambda x: act(x, other.source))
 
     def _autograd(self, name: str) -> Any:
         return getattr(self.source, name)
@@ -178,6 +187,8 @@ class Handle(torch.Tensor):
                 if name in first._elementwise and _acts_on_one(args, kwargs) and first._may_act(name, args, kwargs):
                     rest, options = tree_map(_frozen, (args[1:], kwargs))
                     return first._acted_on(lambda x: func(x, *rest, **options))
+        if name in _SUMS and len(args) == 2 and isinstance(first, Handle) and first._lies_as(args[1]):
+            return first._acted_on_with(args[1], lambda x, y: func(x, y, **kwargs))
         if name in _ARITHMETIC and len(args) == 2 and isinstance(args[1], Handle) and _acts_on_one(args[::-1], kwargs):
             if args[1].is_untouched() and name in args[1]._elementwise:  # a 0-dim tensor or a number stands on the left
                 left = _frozen(first)
@@ -260,6 +271,12 @@ class TokenShard(Handle):
         # Outside a forward the ranks' generators run alike, and would give every rank's rows the same mask.
         return super()._may_act(name, args, kwargs) and not (name == "dropout" and self.state.region is None)
 
+    def _lies_as(self, other: Any) -> bool:
+        alike = (
+            isinstance(other, TokenShard) and other.region == self.region and other.source.shape == self.source.shape
+        )
+        return alike and self.is_untouched() and other.is_untouched() and self._grad_mode == other._grad_mode
+
     def _gather(self) -> Tensor:
         return self.region.full_for_replicated(self.source)
 
@@ -278,7 +295,7 @@ class GatheredInput(Handle):
     whose gradient is a part on every rank.
     """
 
-    _elementwise: set[str] = {"to", "float", "half", "bfloat16", "dropout"}
+    _elementwise: set[str] = {"to", "float", "half", "bfloat16", "dropout", *_SCALINGS}
     _allows_in_place = False
     _outputs: dict[int, Tensor]
     _alone: bool  # made of a block's input: no sibling is computed with what reads it
@@ -303,12 +320,20 @@ class GatheredInput(Handle):
 
     def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
         # Where tokens are not cut every rank holds all rows, and must drop the same of them.
-        return super()._may_act(name, args, kwargs) and (name != "dropout" or self.region.cut)
+        # A block's own input is not scaled behind the back of the linears that share it; a latent may be.
+        allowed = self.region.cut if name == "dropout" else self._expected or name not in _SCALINGS
+        return allowed and super()._may_act(name, args, kwargs)
 
     def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
-        changed = GatheredInput(act(self.source), self.region, self.state)
+        changed = GatheredInput(act(self.source), self.region, self.state, meant_whole=self._expected)
         changed._alone = True
         return changed
+
+    def _lies_as(self, other: Any) -> bool:
+        """Only what is meant to be gathered: a block's own input stays what its linears know it as."""
+        meant = isinstance(other, GatheredInput) and self._expected and other._expected and self.region.cut
+        alike = meant and other.region == self.region and other.source.shape == self.source.shape
+        return alike and self.is_untouched() and other.is_untouched() and self._grad_mode == other._grad_mode
 
     def rows(self) -> Tensor:
         """This rank's rows, `source`; refused once the gathered whole was changed in place."""

@@ -10,6 +10,7 @@ Private names it relies on, each held by a contract test:
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from accelerate.utils import DistributedType, DummyScheduler, DynamoBackend, rec
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 import ds_seqpar
+from ds_seqpar.checkpoint.export import saved_state_dict
 from ds_seqpar.config import KEY, SeqParConfig
 from ds_seqpar.errors import ConfigError
 from ds_seqpar.inject import report_of
@@ -30,7 +32,7 @@ from ds_seqpar.inject import report_of
 from . import data_parallel
 from .wrapping import wrap
 
-__all__ = ["WHEN_ON", "install", "is_on", "tp_size_now", "tp_size_of", "translate"]
+__all__ = ["ONLY_WHAT_IS_SAVED", "WHEN_ON", "install", "is_on", "tp_size_now", "tp_size_of", "translate"]
 
 WHEN_ON: list[Callable[[], None]] = []
 """Called whenever a config with the key was read, and when an Accelerator with one was made: hosts that were imported late."""
@@ -217,9 +219,16 @@ def _holds_tensors_only(data: Any) -> bool:
     return True
 
 
+ONLY_WHAT_IS_SAVED: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "state dicts are for save_pretrained", default=False
+)
+"""True while a host asks for a state dict only to save it: then a frozen base under adapters stays where it is."""
+
+
 def _get_state_dict(plain: Callable[..., Any], self: Accelerator, model: Any, *args: Any, **kwargs: Any) -> Any:
-    module = getattr(model, "module", model)
-    return plain(self, model, *args, **kwargs) if report_of(module) is None else ds_seqpar.full_state_dict(model)
+    if report_of(getattr(model, "module", model)) is None:
+        return plain(self, model, *args, **kwargs)
+    return saved_state_dict(model) if ONLY_WHAT_IS_SAVED.get() else ds_seqpar.full_state_dict(model)
 
 
 def _step_scheduler(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from ds_seqpar.config import KEY
 from ds_seqpar.errors import ConfigError
 
-from .accelerate import is_on, tp_size_of
+from .accelerate import ONLY_WHAT_IS_SAVED, is_on, tp_size_of
 from .wrapping import wrap
 
 __all__ = ["install"]
@@ -76,6 +76,7 @@ def _adapt_trainer() -> None:
 
     wrap(Trainer, "_get_num_items_in_batch", _count_items_once)
     wrap(Trainer, "store_flos", _count_flos_once)
+    wrap(Trainer, "save_model", _save_model)
     wrap(Trainer, "evaluate", _while_evaluating)
     wrap(Trainer, "predict", _while_evaluating)
     wrap(trainer, "speed_metrics", _speed)
@@ -90,6 +91,14 @@ def _count_items_once(plain: Callable[..., Any], self: Any, *args: Any, **kwargs
 def _count_flos_once(plain: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     self.current_flos /= self.get_tp_size()
     plain(self, *args, **kwargs)
+
+
+def _save_model(plain: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    token = ONLY_WHAT_IS_SAVED.set(True)
+    try:
+        plain(self, *args, **kwargs)
+    finally:
+        ONLY_WHAT_IS_SAVED.reset(token)
 
 
 _evaluating: contextvars.ContextVar[Any] = contextvars.ContextVar("the Trainer that evaluates")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from sharding import relative_error
 
 import ds_seqpar
+from ds_seqpar.checkpoint import export
 from ds_seqpar.checkpoint.gathering import gather_parameter
 from ds_seqpar.comm import collectives
 from ds_seqpar.hf import require_model
@@ -105,11 +106,34 @@ def test_modes_keep_the_adapters_gradients(key: str) -> None:
         dict(use_rslora=True, target_modules=["q_proj", "o_proj"]),
         dict(lora_bias=True),
         dict(target_modules=["embed_tokens", "v_proj", "down_proj"]),
+        pytest.param(dict(target_modules=["embed_tokens"], lora_dropout=0.0), marks=SLOW),
     ],
-    ids=["rslora", "bias", "embedding"],
+    ids=["rslora", "bias", "embedding", "embedding alone"],
 )
 def test_kinds_of_lora_are_exact_with_the_base_trained_too(lora: dict[str, Any]) -> None:
     run_ranks(3, _gradients, "llama", {}, True, lora, timeout=90)
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "lora"),
+    [
+        ("mixtral", {}, dict(target_parameters=EXPERTS)),
+        ("deepseek_v3", {}, dict(target_parameters=EXPERTS, lora_bias=False)),
+        pytest.param("gpt_oss", {}, dict(target_parameters=EXPERTS), marks=SLOW),
+        pytest.param("qwen2_moe", {}, dict(lora_bias=True), marks=SLOW),
+        pytest.param("mixtral", {"sequence_parallel": False}, dict(target_parameters=EXPERTS), marks=SLOW),
+        pytest.param("mixtral", {"recompute": "full"}, dict(target_parameters=EXPERTS), marks=SLOW),
+        pytest.param("deepseek_v3", {"recompute": "full"}, dict(target_parameters=EXPERTS), marks=SLOW),
+    ],
+)
+def test_adapters_of_experts_and_latents_keep_the_gradients(
+    family: str, key: dict[str, Any], lora: dict[str, Any]
+) -> None:
+    """Experts' parameters, shared experts and their gate, low-rank projections of latent attention."""
+    run_ranks(2, _gradients, family, key, False, lora, timeout=90)
 
 
 def test_copied_kv_heads_keep_the_adapters_gradients() -> None:
@@ -118,7 +142,8 @@ def test_copied_kv_heads_keep_the_adapters_gradients() -> None:
 
 def _traffic(tp: int) -> None:
     fresh_groups()
-    model = _adapted("llama", dtype=torch.float32)
+    targets = ["embed_tokens", *(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down"))]
+    model = _adapted("llama", dtype=torch.float32, target_modules=targets)
     hidden, seq = 48, 8
     ds_seqpar.shard(model, {"tp_size": tp})
     widths: dict[str, Counter[int]] = {"forward": Counter(), "backward": Counter()}
@@ -151,9 +176,9 @@ def _traffic(tp: int) -> None:
     finally:
         collectives._all_gather, collectives._reduce_scatter = plain
     assert not require_model(model).seqpar_report.materialised
-    layers, adapters = 2, 7
+    layers, adapters, embeddings = 2, 7, 1
     # Two blocks a layer are entered and left at full width (the embedding and the loss come on top), adapters at width r.
-    assert widths["forward"][RANK] == widths["backward"][RANK] == layers * adapters
+    assert widths["forward"][RANK] == widths["backward"][RANK] == layers * adapters + embeddings
     full = widths["forward"][hidden], widths["backward"][hidden]
     # Backward: dy of o and down, dx of both blocks; no input is gathered again for a frozen weight's gradient. The first
     # block's input has no gradient but its adapters'.
@@ -168,13 +193,12 @@ def test_adapters_communicate_at_the_width_of_their_rank(tp: int) -> None:
     run_ranks(tp, _traffic, tp, timeout=60)
 
 
-def _merge(folder: str) -> None:
+def _merge(folder: str, stage: int, lora: dict[str, Any]) -> None:
     fresh_groups()
-    lora = dict(target_modules=["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"])
     model, reference = _adapted("llama", dtype=torch.float32, **lora), _adapted("llama", dtype=torch.float32, **lora)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     config = {
-        "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0, "ds_seqpar": {"tp_size": 2},
     }  # fmt: skip
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -189,10 +213,15 @@ def _merge(folder: str) -> None:
         engine.module.save_pretrained(f"{folder}/wrong")
     with pytest.raises(ds_seqpar.PlanError, match="before the model is sharded"):
         engine.module.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    gathered = _recorded(ds_seqpar.engine, "whole_parameter")
     ds_seqpar.save_pretrained(engine, f"{folder}/adapter")
-    with engine.module.disable_adapter(), torch.no_grad():
-        plain = tiny("llama")(**batches(1, 2)[0]).loss
-        assert relative_error(engine.module(**batches(1, 2)[0]).loss, plain) < 1e-5
+    # PEFT writes the table of an embedding that has an adapter.
+    frozen = {id(p) for n, p in engine.module.named_parameters() if not (p.requires_grad or "embed_tokens" in n)}
+    assert gathered and not frozen & {id(p) for p in gathered}, "saving adapters gathers nothing of the base"
+    if stage < 3:
+        with engine.module.disable_adapter(), torch.no_grad():
+            plain = tiny("llama")(**batches(1, 2)[0]).loss
+            assert relative_error(engine.module(**batches(1, 2)[0]).loss, plain) < 1e-5
     merged = engine.module.merge_and_unload()
     ds_seqpar.save_pretrained(merged, f"{folder}/merged")
     if dist.get_rank() == 0:
@@ -203,8 +232,29 @@ def _merge(folder: str) -> None:
         reference.merge_and_unload().save_pretrained(f"{folder}/their_merged")
 
 
-def test_adapters_are_saved_and_merged_as_unsharded(tmp_path: Path) -> None:
-    run_ranks(2, _merge, str(tmp_path), timeout=90)
+def _recorded(module: Any, name: str) -> list[Any]:
+    """The first argument of every call of `module.name` from now on."""
+    plain, calls = getattr(module, name), []
+
+    def recording(first: Any, *rest: Any) -> Any:
+        calls.append(first)
+        return plain(first, *rest)
+
+    setattr(module, name, recording)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("stage", "targets"),
+    [
+        (1, ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]),
+        (3, ["embed_tokens", "v_proj", "down_proj"]),
+        pytest.param(0, ["embed_tokens", "v_proj", "down_proj"], marks=SLOW),
+        pytest.param(2, ["embed_tokens", "v_proj", "down_proj"], marks=SLOW),
+    ],
+)
+def test_adapters_are_saved_and_merged_as_unsharded(tmp_path: Path, stage: int, targets: list[str]) -> None:
+    run_ranks(4 if stage == 3 else 2, _merge, str(tmp_path), stage, {"target_modules": targets}, timeout=90)
     mine, theirs = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("adapter", "their_adapter"))
     assert sorted(mine) == sorted(theirs)
     assert_same_files(tmp_path / "adapter", tmp_path / "their_adapter")
@@ -228,11 +278,15 @@ def test_the_trainer_trains_and_saves_lora_as_one_process(tmp_path: Path, stage:
     sharded = {**job, "arguments": {**arguments, "deepspeed": deepspeed_json(stage)}}
     for ours in run_ranks(world, _on_rank, sharded, str(tmp_path / "mine"), timeout=120):
         assert_same_log(ours["log"], alone["log"], without=("total_flos",))
+        if stage < 3:  # there the Trainer asks DeepSpeed for what is trained
+            assert ours["gathered"] and all(ours["gathered"]), "saving adapters gathers nothing of the base"
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
 
 
 def _on_rank(job: dict[str, Any], out: str) -> dict[str, Any]:
-    return hf_trainer.run(job, Path(out))
+    gathered = _recorded(export, "whole_parameter")
+    report = hf_trainer.run(job, Path(out))
+    return {**report, "gathered": [p.requires_grad for p in gathered]}
 
 
 def _refused(lora: dict[str, Any]) -> None:
@@ -254,6 +308,30 @@ def _refused(lora: dict[str, Any]) -> None:
 def test_what_is_not_exact_is_refused_by_name(lora: dict[str, Any], message: str) -> None:
     with pytest.raises(RankError, match=message):
         run_ranks(2, _refused, lora, timeout=60)
+
+
+def _quantized() -> None:
+    """A model as bitsandbytes leaves it: transformers marks it, whatever its layers are."""
+    from transformers import BitsAndBytesConfig
+
+    fresh_groups()
+    model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"]))
+    model.base_model.model.hf_quantizer = object()
+    model.base_model.model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    before = {name: p.shape for name, p in model.named_parameters()}
+    with pytest.raises(ds_seqpar.PlanError, match=r"\(bitsandbytes\).*QLoRA is not available: load the"):
+        ds_seqpar.shard(model, {"tp_size": 2})
+    assert before == {name: p.shape for name, p in model.named_parameters()}
+    experts = get_peft_model(tiny("mixtral"), LoraConfig(target_modules=["q_proj"], target_parameters=EXPERTS))
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "ds_seqpar": {"tp_size": 2}}
+    with pytest.raises(
+        ds_seqpar.PlanError, match=r"experts has adapters of single parameters .* \{\"stage\": 2\} or lower"
+    ):
+        deepspeed.initialize(model=experts, config=config)
+
+
+def test_quantized_bases_and_partitioned_experts_are_refused_by_name() -> None:
+    run_ranks(2, _quantized, timeout=60)
 
 
 def _dropout() -> list[float]:
