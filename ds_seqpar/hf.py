@@ -143,7 +143,7 @@ def _input_embedding(model: PreTrainedModel) -> nn.Module | None:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
         return None
-    return embedding if isinstance(embedding, nn.Embedding) else None
+    return embedding if isinstance(unwrapped(embedding), nn.Embedding) else None
 
 
 def _common(config: Any, name: str) -> Any:
