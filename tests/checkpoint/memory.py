@@ -12,20 +12,22 @@ __all__ = ["bytes_read", "peak_growth"]
 
 
 def peak_growth(work: Callable[[], object]) -> int:
-    """By how many bytes the anonymous memory rose above its start, at most, during `work`; looked at every millisecond.
+    """By how many bytes the anonymous memory in use rose above its start, at most, during `work`; looked at every few milliseconds.
 
-    The kernel's own high-water mark counts mapped files too, which come and go with the memory of other processes.
+    The kernel's own high-water mark counts mapped files too, which come and go with the memory of other processes. What was
+    freed but is kept by malloc for later is given back before each look.
     """
     gc.collect()
     libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back to the kernel at once, and is not counted twice
+    libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: most of what is freed goes back to the kernel at once
     libc.malloc_trim(0)  # what was freed before must not hide what is taken now
     before = peak = _anonymous()
     ended = threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not ended.wait(0.001):
+        while not ended.wait(0.002):
+            libc.malloc_trim(0)
             peak = max(peak, _anonymous())
 
     watcher = threading.Thread(target=watch)
