@@ -516,7 +516,9 @@ def export(
 
     if model is not inner:
         whole = {name: whole[name] for name in saved_names(model, whole)}
-        write_wrapper_together(model, folder.resolve(), whole, fetch, state.groups.world_cpu_group, tokenizer=tokenizer)
+        write_wrapper_together(
+            model, folder.resolve(), whole, fetch, state.groups.world_cpu_group, weights_name=weights_name, tokenizer=tokenizer
+        )  # fmt: skip
         return
     write_together(
         inner, folder.resolve(), whole, fetch, state.groups.world_cpu_group, max_shard_size=max_shard_size,

@@ -79,7 +79,8 @@ def save_pretrained(
     replaced only then, and other files in it stay.
 
     Args:
-        max_shard_size: bytes of a weight file at most, or "5GB"; a tensor that is larger gets a file of its own.
+        max_shard_size: bytes of a weight file at most, or "5GB"; a tensor that is larger gets a file of its own. Adapters are one
+            file whatever is given.
         safe_serialization: safetensors; otherwise files of torch.save.
 
     Raises:

@@ -193,7 +193,7 @@ def write_together(
 
 def write_wrapper_together(
     wrapper: nn.Module, target: Path, whole: Mapping[str, Tensor], fetch: Fetch, group: ProcessGroup | None, *,
-    tokenizer: Any = None,
+    weights_name: str, tokenizer: Any = None,
 ) -> None:  # fmt: skip
     """What the `save_pretrained` of a wrapper (of adapters) writes, from whole tensors that rank 0 holds at once.
 
@@ -208,7 +208,9 @@ def write_wrapper_together(
     with agreed(what, group):
         if writes:
             aside = begin(target)
-            wrapper.save_pretrained(str(aside), state_dict=tensors)  # type: ignore[operator]
+            wrapper.save_pretrained(  # type: ignore[operator]
+                str(aside), state_dict=tensors, safe_serialization=not weights_name.endswith(".bin")
+            )
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(aside))
             finish(target)

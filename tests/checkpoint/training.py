@@ -16,7 +16,7 @@ import ds_seqpar
 from ds_seqpar.checkpoint.gathering import gather_parameter
 from ds_seqpar.hf import require_model
 
-__all__ = ["ACCUMULATION", "engine_at", "optimizer_states", "random_draws", "run"]
+__all__ = ["ACCUMULATION", "adapted", "engine_at", "optimizer_states", "random_draws", "run"]
 
 ACCUMULATION = 2
 SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "total_num_steps": 12, "warmup_max_lr": 1e-2}}
@@ -34,7 +34,7 @@ def engine_at(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(word in name for word in freeze))
     if lora:
-        model = _adapted(model)
+        model = adapted(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(seed)
@@ -62,7 +62,7 @@ def engine_at(
     )
 
 
-def _adapted(model: Any) -> Any:
+def adapted(model: Any) -> Any:
     """LoRA beside every linear, of which both factors do something: B starts at zero otherwise."""
     settings = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=3, lora_alpha=5)
     torch.manual_seed(3)
