@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def _everything(engine: Any) -> dict[str, Any]:
 
 def _first_half(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     engine = engine_at(**settings)
+    assert engine.zero_use_cpu_optimizer() == ("offload_optimizer" in settings.get("zero_optimization", {}))
     torch.manual_seed(7)
     run(engine, 0, 5)
     assert engine.save_checkpoint(folder, client_state={"position": 5})
@@ -43,6 +45,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return bad
 
 
+DTYPES = (torch.float32, torch.bfloat16)
 CASES = [
     ("llama", 2, 1, 0, torch.float32),
     ("llama", 2, 2, 1, torch.float32),
@@ -55,12 +58,12 @@ ALL = [
     for family in ("llama", "gpt_neox")
     for dp in (1, 2)
     for stage in (0, 1, 2, 3)
-    for dtype in (torch.float32, torch.bfloat16)
+    for dtype in DTYPES
 ] + [("qwen3", 4, 1, 3, torch.bfloat16), ("qwen3", 2, 2, 0, torch.bfloat16), ("llama", 1, 2, 1, torch.float32)]
 
 
-def _check(tmp_path: Path, family: str, tp: int, dp: int, stage: int, dtype: torch.dtype) -> None:
-    settings = dict(family=family, tp=tp, stage=stage, dtype=dtype, own=DROPOUT.get(family))
+def _check(tmp_path: Path, family: str, tp: int, dp: int, stage: int, dtype: torch.dtype, **ds: Any) -> None:
+    settings = dict(family=family, tp=tp, stage=stage, dtype=dtype, own=DROPOUT.get(family), **ds)
     through = run_ranks(tp * dp, _first_half, settings, str(tmp_path))
     resumed = run_ranks(tp * dp, _second_half, settings, str(tmp_path))
     for rank, (a, b) in enumerate(zip(through, resumed, strict=True)):
@@ -73,6 +76,22 @@ def test_ten_steps_equal_five_and_five(
     tmp_path: Path, family: str, tp: int, dp: int, stage: int, dtype: torch.dtype
 ) -> None:
     _check(tmp_path, family, tp, dp, stage, dtype)
+
+
+def _offloaded(stage: int) -> dict[str, Any]:
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    return {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+
+
+@pytest.mark.parametrize(
+    ("dp", "stage", "dtype"),
+    [
+        (1, 2, torch.bfloat16),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product((1, 2), (1, 2, 3), DTYPES)),
+    ],
+)
+def test_an_optimizer_on_the_host_comes_back(tmp_path: Path, dp: int, stage: int, dtype: torch.dtype) -> None:
+    _check(tmp_path, "llama", 2, dp, stage, dtype, **_offloaded(stage))
 
 
 @pytest.mark.parametrize("stage", [1, 3])
