@@ -48,10 +48,13 @@ def _with_gradients(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: x.clone().requires_grad_() if n == "inputs_embeds" else x for n, x in batch.items()}
 
 
-def parity(model_type: str, seq: int = 7) -> dict[str, Any]:
-    """The relative error of everything after one step of 3 x `seq` tokens twice, and what was planned; run on every rank."""
+def parity(model_type: str, seq: int = 7, **own: Any) -> dict[str, Any]:
+    """The relative error of everything after one step of 3 x `seq` tokens twice, and what was planned; run on every rank.
+
+    `own` goes over the tiny config's values.
+    """
     fresh_groups()
-    model, reference = tiny_of(model_type), tiny_of(model_type)
+    model, reference = tiny_of(model_type, **own), tiny_of(model_type, **own)
     report = ds_seqpar.shard(model, {"tp_size": dist.get_world_size(), "loss_chunk_tokens": 4})
     model.train(), reference.train()
     errors: dict[str, float] = {}

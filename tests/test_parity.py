@@ -68,6 +68,27 @@ def test_each_kind_at_more_ranks(model_type: str, tp: int) -> None:
         assert not result["bad"]
 
 
+FALCONS: dict[str, dict[str, Any]] = {
+    "multi-query": dict(multi_query=True, parallel_attn=True),
+    "multi-query, heads that divide it": dict(multi_query=True, hidden_size=32, num_attention_heads=4, num_kv_heads=4),
+    "multi-head, alibi, one block after the other": dict(multi_query=False, parallel_attn=False, alibi=True),
+    "multi-head, rotary, biases": dict(multi_query=False, parallel_attn=True, bias=True),
+    "grouped, alibi": dict(new_decoder_architecture=True, num_kv_heads=3, alibi=True),
+}
+
+
+def _falcon(own: dict[str, Any]) -> dict[str, Any]:
+    return parity("falcon", 7, **{"new_decoder_architecture": False, "num_kv_heads": None, "alibi": False, **own})
+
+
+@pytest.mark.parametrize("variant", FALCONS)
+def test_every_falcon(variant: str) -> None:
+    for result in run_ranks(2, _falcon, FALCONS[variant]):
+        assert not result["bad"]
+        whole = ["transformer.h.*.self_attention"] if "multi-query" in variant else []
+        assert result["whole"] == whole
+
+
 ALIGNED: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 56},
     "gpt_oss": {"intermediate_size": 56},
@@ -88,6 +109,30 @@ def test_each_kind_with_data_parallel_ranks_under_deepspeed(model_type: str, sta
     for errors in run_ranks(4, _compare, model_type, stage, own, timeout=600):
         bad = {name: error for name, error in errors.items() if not error <= 2e-5}  # float32 throughout
         assert not bad
+
+
+def _rows_of_experts(model_type: str) -> dict[str, list[int]]:
+    """How many rows every expert that was chosen got, in order: sharded and not."""
+    fresh_groups()
+    seen: dict[str, list[int]] = {"ours": [], "expected": []}
+    for which in seen:
+        model = tiny_of(model_type).train()
+        for name, module in model.named_modules():
+            if name.endswith(".experts.act_fn"):
+                module.register_forward_hook(lambda _, args, output, which=which: seen[which].append(args[0].shape[0]))
+        if which == "ours":
+            ds_seqpar.shard(model, {"tp_size": 2})
+        model(**batches_for(1, 3, 7)[0]).loss.backward()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "gemma4_text"]
+)  # gathered by the block around the experts, and by the experts
+def test_rows_that_fill_up_the_shards_are_not_routed(model_type: str) -> None:
+    for seen in run_ranks(2, _rows_of_experts, model_type):  # 21 tokens: 11 rows on each of two ranks
+        assert seen["ours"] == seen["expected"] != []
+        assert sum(seen["expected"]) % 21 == 0
 
 
 class _MadeUpConfig(LlamaConfig):

@@ -3,12 +3,12 @@
 A file may hold these names, all optional; patterns are relative to the base model, `*` is a layer's number:
 
     STYLES      pattern -> style, over what the model's tp_plan says
-    ROLES       pattern -> the sections of the cut dimension ("q", "kv", "qkv", "even")
+    ROLES       pattern -> the sections of the cut dimension ("q", "kv", "qkv", "even"; see plan.styles.Role)
     ATTRIBUTES  block pattern -> {attribute: "num_local_heads" | "num_local_kv_heads" | "local_width"}; "config.x" is read through a view
                 of the config that only this block sees
     LAYER_PARAMETERS  names of parameters that layers own themselves and use token by token
     TOKEN_INPUTS      names of arguments of a layer's forward, beside the hidden states, that hold something for each token
-    HEAD_INPUTS       block pattern -> {argument of its forward: "heads" | "batch x heads"}, what its first dimension holds
+    HEAD_INPUTS       block pattern -> {argument of its forward: "heads" | "batch x heads" | "batch, heads"}, its first dimensions
     BLOCKS      patterns of the modules that are blocks, where a layer's direct child is too much
     BASE        name of the module that is called with the inputs, where it is not transformers' base model
     LIKE        another model type whose file this one starts from

@@ -1,4 +1,4 @@
-"""Falcon: q, k, v are interleaved kv head by kv head; with one kv head for all, attention is repeated whole."""
+"""Falcon: q, k, v are interleaved kv head by kv head; multi-query attention is repeated whole."""
 
 STYLES = {
     "h.*.self_attention.query_key_value": "colwise",
@@ -7,7 +7,7 @@ STYLES = {
     "h.*.mlp.dense_4h_to_h": "rowwise",
 }
 ROLES = {
-    "h.*.self_attention.query_key_value": ("kv",),
+    "h.*.self_attention.query_key_value": ("qkv",),
     "h.*.self_attention.dense": ("q",),
 }
-HEAD_INPUTS = {"h.*.self_attention": {"alibi": "batch x heads"}}
+HEAD_INPUTS = {"h.*.self_attention": {"alibi": "batch, heads", "attention_mask": "batch, heads"}}

@@ -210,20 +210,26 @@ def added_once(key: str) -> type:
 class HeadInputs:
     """A block that is given something for every head (an alibi): takes this rank's heads of it.
 
-    `head_inputs` names the arguments: "heads" where their first dimension is the heads, "batch x heads" where it is both.
+    `head_inputs` names the arguments and where their heads are: "heads" in the first dimension, "batch x heads" in the first with
+    the batch, "batch, heads" in the second, where 1 stands for all of them.
     """
 
     head_inputs: dict[str, str]
     heads: tuple[int, tuple[int, int]]  # how many, and the range of this rank's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        number, (start, stop) = self.heads
         for name, layout in self.head_inputs.items():
             if isinstance(x := kwargs.get(name), Tensor):
-                by_head = x.unflatten(0, (-1, number)) if layout == "batch x heads" else x
-                mine = by_head[:, start:stop].flatten(0, 1) if layout == "batch x heads" else by_head[start:stop]
-                kwargs[name] = mine
+                kwargs[name] = self._mine(x, layout)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _mine(self, x: Tensor, layout: str) -> Tensor:
+        number, (start, stop) = self.heads
+        if layout == "batch x heads":
+            return x.unflatten(0, (-1, number))[:, start:stop].flatten(0, 1)
+        if layout == "heads":
+            return x[start:stop]
+        return x if x.shape[1] == 1 else x[:, start:stop]
 
 
 def on_first_rank(parameter: Tensor, state: ShardingState) -> Tensor:

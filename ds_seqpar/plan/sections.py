@@ -37,7 +37,7 @@ class Sections:
                 ranges[rank].append((start + a, start + b))
             start += width
         held = [piece for pieces in ranges for piece in pieces]
-        if len(roles) > 1 and len(set(held)) < len(held):
+        if (len(roles) > 1 or Role.QKV in roles) and len(set(held)) < len(held):
             raise PlanError(
                 f"{name}: {kv} kv heads over tp_size={self.tp_size} would be copied inside a weight that also holds "
                 f"query heads, and DeepSpeed's gradient norm cannot count a part of a parameter once; use tp_size <= {kv}"
@@ -47,7 +47,7 @@ class Sections:
     def _widths(self, name: str, dim: int, size: int, roles: tuple[Role, ...], n: int, kv: int) -> list[int]:
         """The size of each section. One section may have heads of any size; of several, all heads are head_dim wide."""
         d = self.head_dim
-        sizes = {Role.QUERY: n * d, Role.KV: kv * d, Role.QKV: 3 * n * d}
+        sizes = {Role.QUERY: n * d, Role.KV: kv * d, Role.QKV: (n + 2 * kv) * d}
         if len(roles) == 1 and roles[0] in (Role.QUERY, Role.KV):
             count = n if roles[0] is Role.QUERY else kv
             if count and size % count == 0:
@@ -76,8 +76,9 @@ class Sections:
         assert block is not None
         if block.heads is None:
             block.heads = HeadPartition.of(n, kv, self.tp_size)
-        counts = block.heads.kvs if role is Role.KV else block.heads.queries
-        unit = width // (kv if role is Role.KV else n)
+        by_kv = role in (Role.KV, Role.QKV)
+        counts = block.heads.kvs if by_kv else block.heads.queries
+        unit = width // (kv if by_kv else n)
         return [(a * unit, b * unit) for a, b in counts]
 
 

@@ -48,7 +48,7 @@ class Role(str, Enum):
 
     QUERY = "q"  # num_attention_heads x anything
     KV = "kv"  # num_key_value_heads x anything
-    QKV = "qkv"  # num_attention_heads x 3 x head_dim, interleaved head by head
+    QKV = "qkv"  # kv head by kv head: the query heads of its group, its key, its value, each head_dim wide
     EVEN = "even"  # anywhere
     TILES = "tiles"  # between tiles of 8, if it is made of them: products over all experts want aligned rows
     PAIRS = "pairs"  # between pairs: gate and up interleaved; aligned as tiles are

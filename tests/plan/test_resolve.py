@@ -18,7 +18,7 @@ from ds_seqpar.plan.cuts import Cut
 from ds_seqpar.plan.facts import ModelFacts, ModuleFacts
 from ds_seqpar.plan.model_plan import ModelPlan
 from ds_seqpar.plan.resolve import resolve
-from ds_seqpar.plan.styles import Style
+from ds_seqpar.plan.styles import BlockKind, Style
 
 PLAN = {
     "model.layers.*.self_attn.q_proj": "colwise",
@@ -277,6 +277,32 @@ def test_a_tied_or_missing_head_and_modules_outside_the_base() -> None:
 def test_refusals_name_the_module_and_the_values(model: ModelFacts, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         resolve(model, Family(), 2)
+
+
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        (
+            {"gate_proj": "colwise", "down_proj": "rowwise"},
+            r"layers\.0\.mlp\.up_proj \(Linear\) stands in the planned block model\.layers\.0\.mlp, but the plan does not say what becomes "
+            r"of it; add it, or plan 'model\.layers\.\*\.mlp' as \"whole\"",
+        ),
+        (
+            {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "colwise"},
+            r"layers\.0\.mlp: a block needs column-parallel and row-parallel linears, the plan names \[.*down_proj'\] and \[\]",
+        ),
+    ],
+)
+def test_a_users_plan_that_forgets_a_linear_of_a_block_is_refused(users: dict[str, str], message: str) -> None:
+    plan = {f"model.layers.*.mlp.{name}": style for name, style in users.items()}
+    with pytest.raises(PlanError, match=message):
+        resolve(facts(tp_plan={}), Family(), 2, plan)
+
+
+def test_a_users_plan_of_a_whole_block_leaves_the_others_to_the_tp_plan() -> None:
+    plan = resolve(facts(), Family(), 2, {"model.layers.*.mlp": "whole"})
+    assert plan.blocks["model.layers.1.mlp"].kind is BlockKind.WHOLE
+    assert plan.modules["model.layers.1.self_attn.q_proj"].style is Style.COLUMN
 
 
 def test_a_data_file_overrules_the_tp_plan_and_is_held_to_the_same_rules() -> None:
