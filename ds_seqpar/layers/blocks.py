@@ -226,7 +226,8 @@ class HeadInputs:
     def _mine(self, x: Tensor, layout: str) -> Tensor:
         number, (start, stop) = self.heads
         if layout == "batch x heads":
-            return x.unflatten(0, (-1, number))[:, start:stop].flatten(0, 1)
+            by_head: Tensor = x.unflatten(0, (-1, number))
+            return by_head[:, start:stop].flatten(0, 1)
         if layout == "heads":
             return x[start:stop]
         return x if x.shape[1] == 1 else x[:, start:stop]
