@@ -53,7 +53,7 @@ from .checkpoint.writing import write_together, write_wrapper_together
 from .config import KEY, Recompute, SeqParConfig
 from .errors import CheckpointError, ConfigError, PlanError
 from .groups import ParallelGroups
-from .hf import causal_lm_loss, describe, enable_full_recompute, require_model, uses_sdpa
+from .hf import causal_lm_loss, describe, enable_full_recompute, leave_hub_kernels, require_model, uses_sdpa
 from .inject import PartlyLoaded, inject, report_of, see_through
 from .layers.attention import LEAST_TOKENS_FOR_CUDNN, prefers_cudnn
 from .layers.boundaries import ShardedBlock
@@ -133,7 +133,12 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     loss = causal_lm_loss(hf_model)
     own_forward = _own_forward(hf_model)  # before anything is touched; inject takes it off
     groups = _tensor_parallel_groups(config.tp_size)
+    kernelized = leave_hub_kernels(hf_model)
     report = inject(hf_model, facts, config, groups, already_cut=loaded is not None)
+    if kernelized:
+        report.remarks.append(
+            f"use_kernels is turned off for {kernelized} modules: ds_seqpar brings kernels of its own"
+        )
     for mark in ("seqpar_loaded", "save_pretrained", "resize_token_embeddings") if loaded is not None else ():
         delattr(hf_model, mark)
     if loss is not None and facts.head is not None:

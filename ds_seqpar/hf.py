@@ -35,9 +35,9 @@ from .plan.facts import ModelFacts, ModuleFacts
 from .plan.wrappers import adapter_layer, inner_model_path, is_foreign, unwrapped
 
 __all__ = [
-    "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "empty_model",
-    "enable_full_recompute", "loading_parts", "masks_as_with_values", "names_in_file", "planned_config", "planned_model", "require_model",
-    "split_into_files", "uses_sdpa", "with_layers", "write_config",
+    "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "empty_model", "enable_full_recompute",
+    "leave_hub_kernels", "loading_parts", "masks_as_with_values", "names_in_file", "planned_config", "planned_model",
+    "require_model", "split_into_files", "uses_sdpa", "with_layers", "write_config",
 ]  # fmt: skip
 
 LINEARS = ("FalconLinear",)
@@ -201,6 +201,20 @@ def causal_lm_loss(model: PreTrainedModel) -> Callable[..., Tensor] | None:
 def enable_full_recompute(model: PreTrainedModel) -> None:
     """Full recompute in Hugging Face's own way, so that `recompute` and gradient_checkpointing_enable() are one thing."""
     model.gradient_checkpointing_enable()
+
+
+def leave_hub_kernels(model: PreTrainedModel) -> int:
+    """Takes the forwards of `use_kernels` off the module objects, and keeps `train()` and `eval()` from putting them back.
+
+    Returns how many there were. They change with the mode, so that each switch would hide the sharded modules' own forwards.
+    """
+    if not getattr(model, "use_kernels", False):
+        return 0
+    model._use_kernels = False
+    kernelized = [m for m in model.modules() if hasattr(type(m), "kernel_layer_name") and "forward" in vars(m)]
+    for module in kernelized:
+        del module.forward
+    return len(kernelized)
 
 
 def uses_sdpa(model: PreTrainedModel) -> bool:

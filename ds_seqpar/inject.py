@@ -245,6 +245,7 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
                 f"{name} ({about.type_name}) owns parameters {list(about.shapes)} inside {around}, which is cut; take it out, or "
                 "use an adapter that is known (docs/integrations.md)"
             )
+    _refuse_replaced_forwards(model, plan)
     check_adapters(model, facts, plan)
     for name, planned in list(plan.modules.items()):
         if planned.style is Style.CUT_NORM and rms_norm_epsilon(model.get_submodule(name)) is None:
@@ -263,6 +264,18 @@ def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
             if matches(facts.full_name(pattern), name):
                 for path in attributes:
                     _owner(model.get_submodule(name), path)  # raises if it was renamed
+
+
+def _refuse_replaced_forwards(model: nn.Module, plan: ModelPlan) -> None:
+    """What becomes a parallel linear or embedding computes something else than before: a forward on the object would hide it."""
+    swapped = (Style.COLUMN, Style.PACKED_COLUMN, Style.ROW, Style.HEAD, Style.EMBEDDING)
+    for name, planned in plan.modules.items():
+        own = vars(_at(model, name)).get("forward") if planned.style in swapped else None
+        if own is not None:
+            raise PlanError(
+                f"the forward of {name} was replaced on the object by {getattr(own, '__module__', 'somebody')}, and what that does "
+                "is not known; leave it to the model's own"
+            )
 
 
 def _at(model: nn.Module, name: str) -> nn.Module:

@@ -245,11 +245,13 @@ class ShardedModel(_Guarded):
     """The base model: decides how this forward's tokens lie, and shows its outputs as TokenShards."""
 
     _shards: set[Path] | None = None  # where in the output of the call that is running the shards are
+    _sharded: dict[str, nn.Module] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the Hugging Face model; hidden states come back as handles that become real when they are used."""
         state = self.seqpar
         state.partial.arm()
+        self._refuse_replaced()
         with self._guarded(args, kwargs) as seed:
             self._refuse_attentions(kwargs)
             region = state.region_for(*self._batch_and_seq(args, kwargs))
@@ -290,6 +292,18 @@ class ShardedModel(_Guarded):
                 shape = given[name].shape
                 return int(shape[0]), int(shape[1])
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+    def _refuse_replaced(self) -> None:
+        """A forward that was put on a sharded module's object hides its own, and gives wrong gradients without an error."""
+        if self._sharded is None:
+            self._sharded = {name: m for name, m in self.named_modules() if "seqpar" in vars(m)}  # type: ignore[attr-defined]
+        for name, module in self._sharded.items():
+            if "forward" in vars(module):
+                source = getattr(vars(module)["forward"], "__module__", "somebody")
+                raise PlanError(
+                    f"the forward of {name or type(module).__name__} was replaced by {source} after the model was sharded; apply "
+                    "kernels before deepspeed.initialize (with the HF Trainer: train before the first evaluation)"
+                )
 
     def _refuse_attentions(self, kwargs: dict[str, Any]) -> None:
         asked = kwargs.get("output_attentions")

@@ -226,6 +226,97 @@ def test_kernels_on_module_objects_stay_and_their_loss_is_turned_off(model: str)
     run_ranks(2, _kernels, model, timeout=60)
 
 
+def _hub_kernels(model: str) -> None:
+    """What `use_kernels` does: forwards on the objects of modules whose class names a kernel, anew with every change of mode."""
+    import torch
+    from exactness import fresh_groups
+    from sharding import same_loss_and_gradients
+
+    import ds_seqpar
+
+    fresh_groups()
+    ours, theirs = (tiny("llama", dtype=torch.float64).train() for _ in range(2))
+    norms = [m for m in ours.modules() if type(m).__name__ == "LlamaRMSNorm"]
+    type(norms[0]).kernel_layer_name = "RMSNorm"
+    ours._use_kernels = True
+    for norm in norms:
+        norm.forward = types.MethodType(lambda self, x: x * 3.0, norm)
+    report = ds_seqpar.shard(ours, {"tp_size": 2})
+    assert [x for x in report.remarks if x.startswith("use_kernels is turned off for 5 modules")]
+    batch = batches(1, 2)[0]
+    ours.eval(), ours.train()
+    same_loss_and_gradients(ours, theirs, lambda of: of(**batch).loss)
+    norms[2].forward = types.MethodType(lambda self, x: x * 3.0, norms[2])
+    with pytest.raises(
+        ds_seqpar.PlanError, match=r"layers.1.input_layernorm was replaced by .* after the model was sharded"
+    ):
+        ours(**batch)
+
+    linear = tiny("llama")
+    linear.model.layers[0].mlp.up_proj.forward = types.MethodType(lambda self, x: x, linear.model.layers[0].mlp.up_proj)
+    liger = tiny("llama")
+    liger.forward = types.MethodType(_as_ligers, liger)
+    for wrong, message in (
+        (linear, "up_proj was replaced on the object"),
+        (liger, "Liger replaced the forward of Llama"),
+    ):
+        shapes = [p.shape for p in wrong.parameters()]
+        with pytest.raises(ds_seqpar.PlanError, match=message):
+            ds_seqpar.shard(wrong, {"tp_size": 2})
+        assert shapes == [p.shape for p in wrong.parameters()]
+
+
+def _as_ligers(self: Any, input_ids: Any = None) -> None:
+    """A stand-in for Liger's fused loss, by the name of its module."""
+
+
+_as_ligers.__module__ = "liger_kernel.transformers.model.llama"
+
+
+def test_hub_kernels_are_turned_off_and_replaced_forwards_refused(model: str) -> None:
+    run_ranks(2, _hub_kernels, model, timeout=60)
+
+
+def _attending(seen: list[tuple[int, ...]]) -> Any:
+    import torch
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **_: Any) -> Any:
+        seen.append(tuple(query.shape))
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        causal = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+        weights = (query @ key.transpose(-1, -2) * scaling).masked_fill(~causal, -1e30).softmax(-1)
+        return (weights @ value).transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+def _attention_of_a_user(model: str) -> list[tuple[int, ...]]:
+    """Any `attn_implementation` gets whole sequences of this rank's heads; here one that somebody registered."""
+    import torch
+    from exactness import fresh_groups
+    from sharding import same_loss_and_gradients
+    from transformers import AttentionInterface
+
+    import ds_seqpar
+
+    seen: list[tuple[int, ...]] = []
+    AttentionInterface.register("of_a_user", _attending(seen))
+    fresh_groups()
+    ours, theirs = (tiny("llama", dtype=torch.float64).train() for _ in range(2))
+    for of in (ours, theirs):
+        of.set_attn_implementation("of_a_user")
+    ds_seqpar.shard(ours, {"tp_size": 2})
+    batch = {name: x for name, x in batches(1, 2)[0].items() if name != "attention_mask"}
+    same_loss_and_gradients(ours, theirs, lambda of: of(**batch).loss)
+    return seen
+
+
+def test_an_attention_implementation_sees_whole_sequences_of_its_heads(model: str) -> None:
+    for seen in run_ranks(2, _attention_of_a_user, model, timeout=60):
+        heads = {shape[1] for shape in seen}
+        assert {shape[2] for shape in seen} == {7} and heads == {6, seen[0][1]} and seen[0][1] < 6
+
+
 def test_checkpoints_resume_and_the_best_one_is_loaded(model: str, tmp_path: Path) -> None:
     saving: dict[str, Any] = dict(
         save_strategy="steps", save_steps=2, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="logprob",
