@@ -71,7 +71,8 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     base = _base_of(top, family(data_file).base)
     base_name = next((name for name, module in model.named_modules() if module is base), "")
     if getattr(model, "hf_quantizer", None) is not None:
-        method = getattr(getattr(config, "quantization_config", None), "quant_method", "by a quantizer")
+        how = getattr(config, "quantization_config", None)
+        method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
         raise PlanError(
             f"this {model_type} model is quantized ({getattr(method, 'value', method)}); packed weights cannot be cut, so QLoRA is not "
             "available: load the model without quantization and use LoRA"

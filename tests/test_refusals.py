@@ -201,7 +201,7 @@ def _with_max_norm() -> Any:
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "an encoder": (_bert, "'bert' has no tp_plan"),
     "seq2seq": (_t5, "'t5' is an encoder-decoder; only decoder models can be sharded"),
-    "quantized": (_quantized, "this llama model is quantized ({'quant_method': 'bitsandbytes'})"),
+    "quantized": (_quantized, "this llama model is quantized (bitsandbytes)"),
     "no Hugging Face model": (lambda: nn.Sequential(nn.Linear(4, 4)), "(transformers.PreTrainedModel), not Sequential"),
     "no model": (lambda: None, "(transformers.PreTrainedModel), not NoneType"),
     "wrapped": (
