@@ -9,7 +9,16 @@ from .checkpoint.export import full_state_dict, save_pretrained
 from .checkpoint.loading import from_pretrained, loading
 from .config import SeqParConfig
 from .engine import initialize, patch, shard
-from .errors import CheckpointError, ConfigError, DataMismatchError, PlanError, SeqParError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    DataMismatchError,
+    PlanError,
+    RankLostError,
+    ReplicaMismatchError,
+    SeqParError,
+    VerificationError,
+)
 from .plan.report import Report
 
 __all__ = [
@@ -17,9 +26,12 @@ __all__ = [
     "ConfigError",
     "DataMismatchError",
     "PlanError",
+    "RankLostError",
+    "ReplicaMismatchError",
     "Report",
     "SeqParConfig",
     "SeqParError",
+    "VerificationError",
     "from_pretrained",
     "full_state_dict",
     "initialize",

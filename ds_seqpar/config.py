@@ -41,6 +41,7 @@ class SeqParConfig:
     overlap: Overlap = Overlap.AUTO
     verify: bool = False
     replica_check_interval: int = 0
+    timeout_s: int = 0
     plan: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -61,22 +62,13 @@ class SeqParConfig:
             raise ConfigError(
                 f'"{KEY}.tp_size" is missing: set it to the number of GPUs that share one model copy, e.g. 2'
             )
-        for name, least in (("tp_size", 1), ("loss_chunk_tokens", 1), ("replica_check_interval", 0)):
+        for name, least in (("tp_size", 1), ("loss_chunk_tokens", 1), ("replica_check_interval", 0), ("timeout_s", 0)):
             _check(values, name, int, f"an integer >= {least}", least)
         if "plan" in values:
             values["plan"] = _plan(values["plan"])
         for name, enum in (("recompute", Recompute), ("overlap", Overlap)):
             if name in values:
                 values[name] = _choice(name, values[name], enum)
-        if values.get("verify"):
-            raise ConfigError(
-                f'"{KEY}.verify": true is not available in this release; remove the field or set it to false'
-            )
-        if values.get("replica_check_interval"):
-            raise ConfigError(
-                f'"{KEY}.replica_check_interval": {values["replica_check_interval"]} is not available in this release; '
-                "remove the field or set it to 0"
-            )
         return cls(**values)
 
 

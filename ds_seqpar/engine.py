@@ -18,12 +18,13 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.affine import AFFINE_MAP_FORMAT_VERSION
@@ -40,6 +41,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import groups as ds_groups
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -50,9 +52,13 @@ from .checkpoint.rendezvous import meet
 from .checkpoint.resume import load_checkpoint, save_checkpoint
 from .checkpoint.universal import affine_map, affine_maps
 from .checkpoint.writing import write_together, write_wrapper_together
+from .checks.failures import explained
+from .checks.reference import Skeleton
+from .checks.replicas import Piece, ReplicaCheck
+from .checks.verification import Verification, batch_for, verify
 from .config import KEY, Recompute, SeqParConfig
 from .errors import CheckpointError, ConfigError, PlanError
-from .groups import ParallelGroups
+from .groups import ParallelGroups, limit_waiting
 from .hf import causal_lm_loss, describe, enable_full_recompute, leave_hub_kernels, require_model, uses_sdpa
 from .inject import PartlyLoaded, inject, report_of, see_through
 from .layers.attention import LEAST_TOKENS_FOR_CUDNN, prefers_cudnn
@@ -70,6 +76,9 @@ __all__ = [
 _plain_initialize = deepspeed.initialize
 ADOPTED_FORWARDS: dict[tuple[str, str], Callable[[Any, Callable[..., Any]], Callable[..., Any]]] = {}
 """(module, function) of a forward that a host puts on a model object -> what takes its place on a sharded one."""
+
+VERIFY_SEQ = 17
+"""Tokens in a row of the batch that `"verify": true` uses."""
 
 SAFE_CLASSES = (fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum)
 """What DeepSpeed's checkpoint files hold beside tensors and plain values."""
@@ -134,6 +143,10 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     own_forward = _own_forward(hf_model)  # before anything is touched; inject takes it off
     groups = _tensor_parallel_groups(config.tp_size)
     kernelized = leave_hub_kernels(hf_model)
+    limit_waiting(
+        config.timeout_s, (groups.tp_group, groups.tp_cpu_group, groups.world_cpu_group, None, data_parallel_group())
+    )
+    skeleton = Skeleton(model, share=(groups.tp_rank, groups.tp_size), whole=loaded is None) if config.verify else None
     report = inject(hf_model, facts, config, groups, already_cut=loaded is not None)
     if kernelized:
         report.remarks.append(
@@ -160,7 +173,20 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         _refuse_on_wrapper(model)
     if comm.get_rank() == 0:
         _logger().info("%s", report)
+    if skeleton is not None:
+        verification = verified(model, skeleton)
+        verification.require()
+        if comm.get_rank() == 0:
+            _logger().info("%s", verification)
     return report
+
+
+def verified(model: nn.Module, skeleton: Skeleton, seq: int = VERIFY_SEQ) -> Verification:
+    """Compares a sharded model, not yet in an engine, with what it was, on rows of `seq` tokens; see checks.verification."""
+    inner = require_model(model)
+    if dist.get_backend(inner.seqpar.groups.tp_group) != "gloo":
+        model.to(get_accelerator().current_device_name())
+    return verify(model, inner, skeleton, batch_for(inner, inner.seqpar.groups.tp_size, seq))
 
 
 def _own_forward(model: nn.Module) -> Callable[..., Any] | None:
@@ -403,12 +429,17 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     check = getattr(engine, "first_dataloader_check", None)
     if check is not None:
         check.remove()  # ours compares every forward, and first
-    state, plain_step = require_model(engine.module).seqpar, engine.step
+    state, plain_step, interval = require_model(engine.module).seqpar, engine.step, config.replica_check_interval
+    replicas = _replica_check(engine, state) if interval and config.tp_size > 1 else None
 
     @functools.wraps(plain_step)
     def step(*args: Any, **kwargs: Any) -> Any:
-        state.generation += bool(engine.is_gradient_accumulation_boundary())
-        return plain_step(*args, **kwargs)
+        boundary = bool(engine.is_gradient_accumulation_boundary())
+        state.generation += boundary
+        result = plain_step(*args, **kwargs)
+        if replicas is not None and boundary and engine.global_steps % interval == 0:
+            replicas.check(engine.global_steps)
+        return result
 
     engine.step = step
     engine.save_checkpoint = _around(save_checkpoint, engine, engine.save_checkpoint)
@@ -416,6 +447,60 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
         load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES, write=_write_local
     )
     engine.save_16bit_model = engine.save_fp16_model = _around(_save_16bit_model, engine, engine.save_16bit_model)
+    for call in ("forward", "backward", "step", "save_checkpoint", "load_checkpoint"):
+        setattr(engine, call, explained(getattr(engine, call), call, lambda: engine.global_steps + 1, config.timeout_s))
+
+
+def _replica_check(engine: Any, state: ShardingState) -> ReplicaCheck:
+    pieces = functools.partial(_pieces, engine)
+    check = ReplicaCheck(engine.module.named_parameters(), state.entries, state.groups, data_parallel_group(), pieces)
+    if not check.compares_random_streams:
+        engine.seqpar_report.remark_later("ranks of one group were seeded apart: their random streams are not compared")
+    if engine.zero_optimization_stage() == 0 and engine.optimizer is not engine.basic_optimizer:
+        engine.seqpar_report.remark_later(
+            "ZeRO stage 0 in half precision: optimizer state is not among the replicas compared"
+        )
+    return check
+
+
+def _pieces(engine: Any, parameter: nn.Parameter) -> Iterator[Piece]:
+    """What this rank holds of a parameter, of its fp32 copy and of its optimizer state, alike in number on every rank."""
+    stage, basic = engine.zero_optimization_stage(), engine.basic_optimizer
+    trained = parameter.requires_grad and basic is not None
+    if stage == 3:
+        start = dist.get_rank(data_parallel_group()) * parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        here = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))  # type: ignore[attr-defined]
+        yield Piece("", parameter.ds_tensor[:here], start)  # type: ignore[attr-defined]
+        for key in ("fp32 copy", *_state_names(basic)) if trained else ():
+            read = (
+                safe_get_local_fp32_param(parameter)
+                if key == "fp32 copy"
+                else safe_get_local_optimizer_state(parameter, key)
+            )
+            yield Piece(key, read[:here], start)
+        return
+    yield Piece("", parameter)
+    if stage == 0 and trained and engine.optimizer is basic:
+        for key in _state_names(basic):
+            yield Piece(key, basic.state.get(parameter, {}).get(key, parameter.new_empty(0)))
+    elif stage and trained:
+        part = getattr(parameter, "_hp_mapping", None)
+        start = 0 if part is None else part.lp_fragment_address.start
+        for key in ("fp32 copy", *_state_names(basic)):
+            held = (
+                None
+                if part is None
+                else part.hp_fragment
+                if key == "fp32 copy"
+                else (part.optim_fragment or {}).get(key)
+            )
+            yield Piece(key, parameter.new_empty(0) if held is None else held, start)
+
+
+def _state_names(optimizer: Any) -> list[str]:
+    """Names of what an optimizer keeps for each element of a parameter."""
+    states = optimizer.state.values()
+    return sorted({key for state in states for key, x in state.items() if isinstance(x, Tensor) and x.dim() > 0})
 
 
 def _around(ours: Callable[..., Any], engine: Any, plain: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -1,6 +1,9 @@
 """What can go wrong, by whose hand: one class for each thing a user can mend."""
 
-__all__ = ["CheckpointError", "ConfigError", "DataMismatchError", "PlanError", "SeqParError"]
+__all__ = [
+    "CheckpointError", "ConfigError", "DataMismatchError", "PlanError", "RankLostError", "ReplicaMismatchError", "SeqParError",
+    "VerificationError",
+]  # fmt: skip
 
 
 class SeqParError(ValueError):
@@ -21,3 +24,15 @@ class DataMismatchError(SeqParError):
 
 class CheckpointError(SeqParError):
     """A checkpoint cannot be written or read as asked; what was saved before is untouched."""
+
+
+class VerificationError(SeqParError):
+    """The sharded model does not compute what the unsharded one does; nothing was trained."""
+
+
+class ReplicaMismatchError(SeqParError):
+    """What all ranks of one tensor-parallel group hold alike has come apart."""
+
+
+class RankLostError(SeqParError):
+    """Another rank ended, raised, or did not arrive in time; this one was waiting for it."""

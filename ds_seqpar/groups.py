@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from .errors import ConfigError
 
-__all__ = ["ParallelGroups"]
+__all__ = ["ParallelGroups", "limit_waiting"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,9 @@ class ParallelGroups:
             if start == ranks[0]:
                 cpu_group = group
         return cls(tp_group, cpu_group, tp_size, tp_rank, world)
+
+
+def limit_waiting(seconds: int, groups: Iterable[ProcessGroup | None]) -> None:
+    """Lets a rank that waits for another in any of these groups (None: the default one) give up after `seconds`; 0: as they are."""
+    for group in groups if seconds else ():
+        _set_pg_timeout(timedelta(seconds=seconds), group)

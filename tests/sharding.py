@@ -13,10 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ds_seqpar
-from ds_seqpar.checkpoint.gathering import gather_parameter
+from ds_seqpar.checks.comparison import full_gradients, relative_error
+from ds_seqpar.checks.reference import Skeleton
+from ds_seqpar.checks.verification import Verification
 from ds_seqpar.comm.collectives import all_gather, reduce_scatter
+from ds_seqpar.engine import verified
 
-__all__ = ["SplitTransport", "full_gradients", "relative_error", "same_loss_and_gradients", "twins"]
+__all__ = ["SplitTransport", "full_gradients", "proven", "relative_error", "same_loss_and_gradients", "twins"]
 
 
 def twins(
@@ -28,26 +31,6 @@ def twins(
     model, reference = tiny(family, **own), tiny(family, **own)
     ds_seqpar.shard(model, {"tp_size": dist.get_world_size(), "loss_chunk_tokens": 4, **(key or {})})
     return model.train(), reference.train()
-
-
-def full_gradients(model: Any) -> dict[str, Tensor | None]:
-    """Every parameter's whole gradient by name, on every rank. Collective."""
-    entries, group = model.seqpar_report.parameters(), model.seqpar.groups.tp_group
-    gradients: dict[str, Tensor | None] = {}
-    for name, parameter in model.named_parameters():
-        cut, grad = entries[name].cut, parameter.grad
-        gradients[name] = grad if cut is None or grad is None else gather_parameter(grad, cut, group)
-    return gradients
-
-
-def relative_error(mine: Tensor | None, theirs: Tensor | None) -> float:
-    """|mine - theirs| / |theirs|; infinite if only one of them is there or one is not finite where the other is."""
-    if mine is None or theirs is None:
-        return 0.0 if mine is theirs else float("inf")
-    if not bool(torch.isfinite(theirs).all()):
-        return 0.0 if torch.equal(mine.isnan(), theirs.isnan()) else float("inf")
-    error = float((mine.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-9))
-    return error if error == error else float("inf")
 
 
 def same_loss_and_gradients(
@@ -68,6 +51,19 @@ def same_loss_and_gradients(
     assert not bad, f"{what}: relative errors of gradients: {bad}"
     model.zero_grad()
     reference.zero_grad()
+
+
+def proven(family: str, key: dict[str, Any], dtype: torch.dtype = torch.float32, **own: Any) -> Verification:
+    """The verdict on one sharded model."""
+    fresh_groups()
+    model = tiny(family, dtype=dtype, **own)
+    skeleton = Skeleton(model)
+    ds_seqpar.shard(model, {"tp_size": dist.get_world_size(), "loss_chunk_tokens": 4, **key})
+    counted = dict(model.seqpar_report.materialised)
+    found = verified(model, skeleton, 9)
+    assert all(p.grad is None for p in model.parameters()), "gradients were left behind"
+    assert dict(model.seqpar_report.materialised) == counted
+    return found
 
 
 class SplitTransport:

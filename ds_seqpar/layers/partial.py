@@ -7,7 +7,7 @@ Parameters whose module asks for them by `summed` are summed by an autograd edge
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ class _SumGradients(Function):
     """Identity of n parameters whose gradients are summed over the group, in fp32, in one all-reduce."""
 
     @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(ctx: Any, owner: PartialGradients, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.owner, ctx.parameters = owner, parameters
         ctx.set_materialize_grads(False)  # an unused parameter keeps no gradient, as without us
         return tuple(p.view_as(p) for p in parameters)
 
@@ -36,9 +36,13 @@ class _SumGradients(Function):
         there = [grad for grad in grads if grad is not None]
         if not there:
             return (None, *grads)
+        if ctx.owner.observer is not None:
+            for parameter, grad in zip(ctx.parameters, grads, strict=True):
+                if grad is not None:
+                    ctx.owner.observer(parameter, grad)
         dtype = torch.promote_types(there[0].dtype, torch.float32)
         total = torch.cat([grad.reshape(-1).to(dtype) for grad in there])
-        dist.all_reduce(total, group=ctx.group)
+        dist.all_reduce(total, group=ctx.owner.group)
         sums = iter(total.split([grad.numel() for grad in there]))
         return (None, *(None if grad is None else next(sums).view(grad.shape).to(grad.dtype) for grad in grads))
 
@@ -47,10 +51,13 @@ class PartialGradients:
     """Sums the gradients of registered parameters over the tensor-parallel group, in fp32, once a backward pass.
 
     A parameter that is frozen now and made trainable later is caught by `arm()`, which every forward calls.
+    `observer`, where it is set, is shown every parameter with the gradient that this rank brings to its sum.
     """
 
+    observer: Callable[[nn.Parameter, Tensor], None] | None = None
+
     def __init__(self, group: ProcessGroup) -> None:
-        self._group = group
+        self.group = group
         self._waiting: list[tuple[nn.Parameter, int, int]] = []
         self._hooks: dict[int, RemovableHandle] = {}
         self._taken_over: list[nn.Parameter] = []
@@ -66,7 +73,7 @@ class PartialGradients:
         for parameter, slot, slots in self._waiting:
             if parameter.requires_grad:
                 self._hooks[id(parameter)] = parameter.register_hook(
-                    lambda grad, slot=slot, slots=slots: self._sum(grad, slot, slots)
+                    lambda grad, parameter=parameter, slot=slot, slots=slots: self._sum(parameter, grad, slot, slots)
                 )
             else:
                 frozen.append((parameter, slot, slots))
@@ -94,7 +101,7 @@ class PartialGradients:
         here = [p for p in self._taken_over if p.requires_grad and not hasattr(p, "ds_id")]
         if not here or not torch.is_grad_enabled():
             return {}
-        return {id(p): x for p, x in zip(here, _SumGradients.apply(self._group, *here), strict=True)}  # type: ignore[no-untyped-call]
+        return {id(p): x for p, x in zip(here, _SumGradients.apply(self, *here), strict=True)}  # type: ignore[no-untyped-call]
 
     def summed(self, parameter: nn.Parameter, together: Mapping[int, Tensor] | None) -> Tensor:
         """`parameter` as a module that took it over must use it: with the sum of its gradients over the group."""
@@ -102,17 +109,19 @@ class PartialGradients:
             return together[id(parameter)]
         if not (parameter.requires_grad and torch.is_grad_enabled()):
             return parameter
-        return _SumGradients.apply(self._group, parameter)[0]  # type: ignore[no-any-return, no-untyped-call]
+        return _SumGradients.apply(self, parameter)[0]  # type: ignore[no-any-return, no-untyped-call]
 
-    def _sum(self, grad: Tensor, slot: int, slots: int) -> Tensor:
+    def _sum(self, parameter: nn.Parameter, grad: Tensor, slot: int, slots: int) -> Tensor:
+        if self.observer is not None:
+            self.observer(parameter, grad)
         if slots == 1:
             total = grad.to(torch.float32) if grad.dtype in (torch.bfloat16, torch.float16) else grad.clone()
             total = total.contiguous()
-            dist.all_reduce(total, group=self._group)
+            dist.all_reduce(total, group=self.group)
             return total.to(grad.dtype)
         # One all-reduce in which every group of copies has a slot of its own: no communicator for each of them.
         wide = torch.promote_types(grad.dtype, torch.float32)
         buffer = grad.new_zeros((slots, *grad.shape), dtype=wide)
         buffer[slot] = grad
-        dist.all_reduce(buffer, group=self._group)
+        dist.all_reduce(buffer, group=self.group)
         return buffer[slot].to(grad.dtype)

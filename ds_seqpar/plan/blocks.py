@@ -17,6 +17,9 @@ from .words import BY_NAME, TRANSFORMERS, USERS, Word, Words, data_file_of
 
 __all__ = ["BlockPlanner"]
 
+_CUT_ALIKE = (("gate_proj", "up_proj", "down_proj"), ("q_proj", "o_proj"), ("k_proj", "v_proj"))
+"""Linears of one block whose cut dimensions meet."""
+
 
 @dataclass(frozen=True)
 class BlockPlanner:
@@ -92,8 +95,36 @@ class BlockPlanner:
                 why = f"no plan says what becomes of {left[0]} ({self.facts.modules[left[0]].type_name})"
             self.result.remarks.append(f"{name} is repeated whole by every rank: {why}")
             return self.result.repeat_whole(name, members, why)
+        self._refuse_torn(planned)
         self.result.blocks[name] = block
         return None
+
+    def _refuse_torn(self, planned: Mapping[str, Word]) -> None:
+        """A user's style that would hand a linear what it cannot multiply: its place in the block is said by its name."""
+        for module, (style, why) in planned.items():
+            leaf = module.rpartition(".")[2]
+            if why != USERS or style is Style.WHOLE:
+                continue
+            entrance, exit_ = leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), leaf in ("o_proj", "down_proj")
+            columns, rows = (Style.COLUMN, Style.PACKED_COLUMN, Style.HEAD), (Style.ROW, Style.ROW_OF_WHOLE)
+            if (entrance and style not in columns) or (exit_ and style not in rows):
+                fits = "reads the block's whole input: 'colwise'" if entrance else "reads this rank's heads or features: 'rowwise'"
+                raise PlanError(
+                    f"{module}: style {style.value!r} of {USERS} does not fit, {leaf} {fits}, or plan the block as \"whole\""
+                )
+            for others in _CUT_ALIKE:
+                for other in others if leaf in others else ():
+                    self._refuse_unlike(module, f"{module.rpartition('.')[0]}.{other}")
+
+    def _refuse_unlike(self, module: str, other: str) -> None:
+        """Raises PlanError if two weights that meet element by element are cut in different places."""
+        cuts = [self.result.modules[name].cuts.get("weight") for name in (module, other) if name in self.result.modules]
+        mine, theirs = cuts if len(cuts) == 2 else (None, None)
+        if mine is not None and theirs is not None and mine.size == theirs.size and mine.ranges != theirs.ranges:
+            raise PlanError(
+                f"{module} and {other} must be cut in the same places, but by {USERS} the ranks hold {mine.ranges} and {theirs.ranges}; "
+                "give both the same style and roles"
+            )
 
     def _refuse_unsaid(self, block: BlockPlan, planned: Mapping[str, Word], left: list[str]) -> None:
         """A user who plans a block plans all of it: what he forgot must not become a slower block behind his back."""

@@ -352,3 +352,18 @@ def test_a_family_file_is_data() -> None:
 def test_a_model_type_that_is_no_module_name_has_no_data_file() -> None:
     for name in ("llama", "no-such", "../config", "", "os.path", "styles"):
         assert family(name) == Family()
+
+
+@pytest.mark.parametrize(
+    ("name", "style", "message"),
+    [
+        ("self_attn.k_proj", "rowwise", r"k_proj reads the block's whole input: 'colwise'"),
+        ("self_attn.v_proj", "mla_kv_a_proj", r"v_proj reads the block's whole input"),
+        ("mlp.down_proj", "colwise", r"down_proj reads this rank's heads or features: 'rowwise'"),
+        ("mlp.up_proj", "packed_colwise:even,even", r"up_proj and .*gate_proj must be cut in the same places"),
+        ("self_attn.v_proj", "packed_colwise:kv,kv", r"v_proj"),
+    ],
+)
+def test_a_users_style_that_would_tear_a_block_is_refused(name: str, style: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        resolve(facts(kv=4, n=8, h=64, inner=52), Family(), 2, {f"model.layers.*.{name}": style})

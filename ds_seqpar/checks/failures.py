@@ -1,0 +1,57 @@
+"""A collective that fails because of another rank says so: which call, which step, how long it waited, where to look."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import RankLostError, SeqParError
+
+__all__ = ["explained", "is_of_another_rank"]
+
+_SIGNS = (
+    "gloo",
+    "nccl",
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "timed out",
+    "application timeout",
+    "pair closure",
+)
+"""What torch's communication libraries write into a plain RuntimeError when a peer is gone or late."""
+
+
+def is_of_another_rank(problem: BaseException) -> bool:
+    """Whether `problem` was raised here because of what happened to another rank."""
+    if isinstance(problem, SeqParError | torch.OutOfMemoryError) or not isinstance(problem, RuntimeError):
+        return False
+    return isinstance(problem, dist.DistError) or any(sign in str(problem).lower() for sign in _SIGNS)
+
+
+def explained(call: Callable[..., Any], what: str, step: Callable[[], int], timeout_s: int) -> Callable[..., Any]:
+    """`call`, which raises RankLostError instead of what a communication library raises about another rank."""
+
+    @functools.wraps(call)
+    def explaining(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except RuntimeError as problem:
+            if not is_of_another_rank(problem):
+                raise
+            limit = (
+                f"{timeout_s} s"
+                if timeout_s
+                else 'the process groups\' own limit (set "ds_seqpar.timeout_s" for a shorter one)'
+            )
+            raise RankLostError(
+                f"rank {dist.get_rank()} stopped in {what}, step {step()}: a collective failed, because another rank ended, raised an "
+                f"error, or did not arrive within {limit}. The cause stands in the output of another rank; start again from the last "
+                f"checkpoint, which is complete ({str(problem).strip().splitlines()[0][:200]})"
+            ) from problem
+
+    return explaining

@@ -1,0 +1,132 @@
+"""Whatever happens to one rank: every process ends in bounded time and says why, files stay whole, and the run resumes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from exactness import engine_for
+from faults import STEPS, train
+from models import batches, tiny
+from ranks import RankError, run_ranks
+from torch import Tensor
+
+SECONDS = 60.0
+PLACES = ("forward", "backward", "step", "save")
+UNDISTURBED: list[list[float]] = []
+
+
+def _undisturbed(tmp_path: Path) -> list[list[float]]:
+    if not UNDISTURBED:
+        UNDISTURBED.extend(run_ranks(2, train, str(tmp_path / "undisturbed")))
+    return UNDISTURBED
+
+
+def _struck(tmp_path: Path, where: str, fault: str) -> list[str]:
+    """What each rank said at the end. Fails if a rank did not end, and if the run does not resume to the same losses."""
+    folder, begun = str(tmp_path / "run"), time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, train, folder, where, fault, timeout=SECONDS)
+    assert time.monotonic() - begun < SECONDS
+    errors = [str(error) for error in caught.value.errors]
+    assert "hang" not in errors, f"a rank did not end: {errors}"
+    expected = _undisturbed(tmp_path)
+    for mine, theirs in zip(run_ranks(2, _resumed, folder), expected, strict=True):
+        assert 2 <= STEPS - len(mine) <= 5 and mine == theirs[STEPS - len(mine) :]
+    return errors
+
+
+def _resumed(folder: str) -> list[float]:
+    return train(folder, resume=True)
+
+
+def _says_where_to_look(error: str, where: str) -> None:
+    last = [line for line in error.splitlines() if "RankLostError" in line][-1]
+    assert "rank 0 stopped in" in last and "another rank ended, raised an error, or did not arrive within 4 s" in last
+    if where == "forward":
+        assert "in forward, step 5" in last
+
+
+@pytest.mark.parametrize("where", ["forward", "save"])
+def test_a_killed_rank(tmp_path: Path, where: str) -> None:
+    survivor, killed = _struck(tmp_path, where, "killed")
+    assert killed == "exit code -9"
+    _says_where_to_look(survivor, where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["backward", "step"])
+def test_a_rank_killed_elsewhere(tmp_path: Path, where: str) -> None:
+    survivor, killed = _struck(tmp_path, where, "killed")
+    assert killed == "exit code -9"
+    _says_where_to_look(survivor, where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("fault", ["raises", "out of memory", "stalls"])
+def test_a_rank_that_raises_runs_out_of_memory_or_stalls(tmp_path: Path, where: str, fault: str) -> None:
+    waiting, struck = _struck(tmp_path, where, fault)
+    if fault != "stalls":
+        own = {"raises": "the user's own mistake", "out of memory": "CUDA out of memory"}[fault]
+        assert own in struck, struck
+    if not (where == "save" and own in waiting if fault != "stalls" else False):
+        _says_where_to_look(waiting, where)
+
+
+def test_a_stalled_rank_is_given_up(tmp_path: Path) -> None:
+    waiting, _ = _struck(tmp_path, "backward", "stalls")
+    _says_where_to_look(waiting, "backward")
+
+
+class _Bad:
+    """Puts a value that is no number into one rank's gradient of an activation, in one step."""
+
+    def __init__(self, value: float, at: int) -> None:
+        self.value, self.at, self.step = value, at, 0
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        if self.step == self.at and dist.get_rank() == 1:
+            grad = grad.clone()
+            grad.view(-1)[0] = self.value
+        return grad
+
+
+def _overflow(stage: int, value: float, module: str) -> list[Any]:
+    """[steps skipped, losses] of a run in bf16 in which a gradient on one rank overflows once."""
+    torch.manual_seed(0)
+    model = tiny("llama", dtype=torch.bfloat16).train()
+    bad = _Bad(value, 1)
+    options: dict[str, Any] = {"bf16": {"enabled": True}, "gradient_clipping": 1.0}
+    engine = engine_for(model, torch.optim.AdamW(model.parameters(), lr=1e-2), {"tp_size": 2}, stage, 1, 1, **options)
+    engine.module.get_submodule(module).register_forward_hook(lambda m, args, y: y.register_hook(bad) and None)
+    seen, losses = [], []
+    for bad.step, batch in enumerate(batches(4, 1)):
+        loss = engine(**batch).loss
+        losses.append(float(loss.detach()))
+        engine.backward(loss)
+        engine.step()
+        seen.append([float(p.detach().float().abs().sum()) for p in engine.module.parameters()])
+    if stage < 3:
+        assert seen[1] == seen[0], "a parameter moved in a step that overflowed"
+        assert seen[2] != seen[1]
+    skipped = int(engine.skipped_steps)
+    engine.destroy()
+    return [skipped, losses]
+
+
+def _overflows(stages: tuple[int, ...]) -> list[Any]:
+    places = ("model.layers.1.post_attention_layernorm", "model.layers.0.input_layernorm")
+    values = (float("inf"), float("nan"))
+    return [_overflow(stage, v, place) for stage in stages for v, place in zip(values, places, strict=True)]
+
+
+def test_a_gradient_that_is_no_number_on_one_rank_skips_the_step_on_all() -> None:
+    first, second = run_ranks(2, _overflows, (1, 2, 3), timeout=120)
+    assert first == second, "the ranks went different ways"
+    for skipped, losses in first:
+        assert skipped == 1 and all(loss == loss for loss in losses)
