@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_seqpar.checkpoint.gathering import part_of
 from ds_seqpar.comm.regions import gather_columns
-from ds_seqpar.layers.handles import GatheredInput
+from ds_seqpar.layers.linear import column_parallel
 
 UNITS = ("column linear", "row linear", "norm", "norm and MLP", "layer")
 THEIRS = {torch.float32: (1e-3, 1e-5), torch.bfloat16: (1.6e-2, 1e-5), torch.float64: (1e-6, 1e-9)}
@@ -37,7 +37,7 @@ def _sharded(model: Any, unit: str, x: Tensor, rotary: Any) -> Tensor:
             return region.full_for_replicated(layer.mlp.down_proj(x[..., start:stop]))  # type: ignore[no-any-return]
         local = region.local_of_replicated(x)
         if unit == "column linear":
-            mine = GatheredInput(local, region, state).column(layer.mlp.up_proj)
+            (mine,) = column_parallel(local, region, [layer.mlp.up_proj])
             cut = state.entries[id(layer.mlp.up_proj.weight)].cut
             widths = tuple(cut.local_size(rank) for rank in range(state.groups.tp_size))
             whole = gather_columns(mine.reshape(region.tokens, -1), widths, state.groups.tp_group)

@@ -359,7 +359,7 @@ def test_a_model_type_that_is_no_module_name_has_no_data_file() -> None:
     [
         ("self_attn.k_proj", "rowwise", r"k_proj reads the block's whole input: 'colwise'"),
         ("self_attn.v_proj", "mla_kv_a_proj", r"v_proj reads the block's whole input"),
-        ("mlp.down_proj", "colwise", r"down_proj reads this rank's heads or features: 'rowwise'"),
+        ("mlp.down_proj", "mla_kv_a_proj", r"a block needs column-parallel and row-parallel linears"),
         ("mlp.up_proj", "packed_colwise:even,even", r"up_proj and .*gate_proj must be cut in the same places"),
         ("self_attn.v_proj", "packed_colwise:kv,kv", r"v_proj"),
     ],
