@@ -452,8 +452,9 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
 
 
 def _replica_check(engine: Any, state: ShardingState) -> ReplicaCheck:
-    pieces = functools.partial(_pieces, engine)
-    check = ReplicaCheck(engine.module.named_parameters(), state.entries, state.groups, data_parallel_group(), pieces)
+    pieces, dp_group = functools.partial(_pieces, engine), data_parallel_group()
+    assert dp_group is not None, "the model is sharded"
+    check = ReplicaCheck(engine.module.named_parameters(), state.entries, state.groups, dp_group, pieces)
     if not check.compares_random_streams:
         engine.seqpar_report.remark_later("ranks of one group were seeded apart: their random streams are not compared")
     if engine.zero_optimization_stage() == 0 and engine.optimizer is not engine.basic_optimizer:

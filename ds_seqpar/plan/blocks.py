@@ -105,12 +105,19 @@ class BlockPlanner:
             leaf = module.rpartition(".")[2]
             if why != USERS or style is Style.WHOLE:
                 continue
-            entrance, exit_ = leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), leaf in ("o_proj", "down_proj")
+            entrance, exit_ = (
+                leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+                leaf in ("o_proj", "down_proj"),
+            )
             columns, rows = (Style.COLUMN, Style.PACKED_COLUMN, Style.HEAD), (Style.ROW, Style.ROW_OF_WHOLE)
             if (entrance and style not in columns) or (exit_ and style not in rows):
-                fits = "reads the block's whole input: 'colwise'" if entrance else "reads this rank's heads or features: 'rowwise'"
+                fits = (
+                    "reads the block's whole input: 'colwise'"
+                    if entrance
+                    else "reads this rank's heads or features: 'rowwise'"
+                )
                 raise PlanError(
-                    f"{module}: style {style.value!r} of {USERS} does not fit, {leaf} {fits}, or plan the block as \"whole\""
+                    f'{module}: style {style.value!r} of {USERS} does not fit, {leaf} {fits}, or plan the block as "whole"'
                 )
             for others in _CUT_ALIKE:
                 for other in others if leaf in others else ():
