@@ -60,7 +60,10 @@ def check_adapters(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
                     )
             elif style is not Style.EMBEDDING if layer.lookup else style not in BESIDE_LINEARS:
                 place = style.value if style else "not in a sharded block"
-                raise PlanError(f"{name} ({place}) carries an adapter; leave it out of the adapter's target_modules")
+                instead = " and train it by modules_to_save" if style is Style.HEAD else ""
+                raise PlanError(
+                    f"{name} ({place}) carries an adapter; leave it out of the adapter's target_modules{instead}"
+                )
 
 
 def parameter_adapters(model: nn.Module) -> str | None:

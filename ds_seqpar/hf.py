@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import CheckpointError, ConfigError, PlanError
 from .families import family, has_data_file
 from .plan.facts import ModelFacts, ModuleFacts
-from .plan.wrappers import adapter_layer, inner_model_path, is_foreign, unwrapped
+from .plan.wrappers import adapter_layer, inner_model_path, is_foreign, runs_copies, unwrapped
 
 __all__ = [
     "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "empty_model", "enable_full_recompute",
@@ -178,8 +178,12 @@ def _modules(model: nn.Module) -> dict[str, ModuleFacts]:
         if is_foreign(module):
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise PlanError(f"{name} is a {kind}, which cannot be sharded; LoRA and rsLoRA can")
-        if adapter_layer(module) is not None:
+        if adapter_layer(module) is not None or runs_copies(module):
             wrapped, module = name, unwrapped(module)
+            if any(True for child in module.children() for _ in child.parameters()):
+                raise PlanError(
+                    f"{name} is trained as a copy of a module with parts; name the parts that own parameters instead"
+                )
         shapes = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
         if shapes:
             role = "other"

@@ -23,6 +23,7 @@ from .errors import PlanError
 from .families import TESTED, family
 from .groups import ParallelGroups
 from .kernels.gating import known_activation
+from .layers.adapters import PassesHandles
 from .layers.blocks import (
     ExpertsBlock,
     FirstRankOnly,
@@ -63,7 +64,7 @@ from .plan.patterns import matches
 from .plan.report import Entry, ParameterEntry, Report
 from .plan.resolve import resolve
 from .plan.styles import BlockKind, Style
-from .plan.wrappers import adapters_around, inner_model_path, unwrapped
+from .plan.wrappers import inner_model_path, places, runs_copies, unwrapped
 
 __all__ = ["PartlyLoaded", "inject", "planned_cuts", "report_of", "see_through"]
 
@@ -346,7 +347,11 @@ class _Injection:
 
     def run(self) -> None:
         for name in self.facts.modules:
-            self._module(name, _at(self.model, name))
+            outer = self.model.get_submodule(name)
+            for path, module in places(outer).items():
+                self._module(name, path, module)
+            if runs_copies(outer):
+                become(outer, PassesHandles)
         for block in self.plan.blocks.values():
             self._block(block)
         for name in self.plan.routers:
@@ -411,11 +416,12 @@ class _Injection:
         module.seqpar = self.state  # type: ignore[assignment]
         become(module, mixin)
 
-    def _module(self, name: str, module: nn.Module) -> None:
+    def _module(self, name: str, path: str, module: nn.Module) -> None:
+        """One planned module; it stands at `path` in what goes by its name."""
         was = self.facts.modules[name].type_name
         planned = self.plan.modules.get(name)
         if planned is None or planned.style is Style.WHOLE:
-            self._unplanned(name, module, was)
+            self._unplanned(name, path, module, was)
             return
         parameters = {}
         self._summed = any(_holds(b.name, name) and b.kind is BlockKind.SUMMED for b in self.plan.blocks.values())
@@ -424,13 +430,12 @@ class _Injection:
         module.seqpar = self.state  # type: ignore[assignment]
         becomes = self._swap(name, module, planned.style, planned.cuts)
         outer = self.model.get_submodule(name)
-        inside = "".join(f".{layer.base}" for _, layer in adapters_around(outer))
-        self.entries.append(Entry(name + inside, was, becomes, parameters, planned.why))
+        self.entries.append(Entry(name + path, was, becomes, parameters, planned.why))
         self.entries += shard_adapters(
             name, outer, planned.style, planned.cuts, self.state, self._parameter, summed=self._summed
         )
 
-    def _unplanned(self, name: str, module: nn.Module, was: str) -> None:
+    def _unplanned(self, name: str, path: str, module: nn.Module, was: str) -> None:
         whole = next((b for b in self.plan.blocks.values() if _holds(b.name, name) and b.kind is BlockKind.WHOLE), None)
         tokenwise = name in self.plan.tokenwise
         if tokenwise:
@@ -452,7 +457,7 @@ class _Injection:
                 self.state.partial.add(parameter)
             shape = tuple(parameter.shape)
             parameters[key] = ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
-        self.entries.append(Entry(name, was, was, parameters, why))
+        self.entries.append(Entry(name + path, was, was, parameters, why))
 
     def _parameter(self, parameter: nn.Parameter, cut: Cut | None, style: Style) -> ParameterEntry:
         state, rank = self.state, self.state.groups.tp_rank

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SeqParError
+from .boundaries import HidesHandles
 from .embedding import rows_of_vocabulary
 from .handles import GatheredInput, Handle, TokenShard
 from .linear import call_past_deepspeed
 from .region import ShardingState
 
-__all__ = ["AdapterDown", "TakesHandles", "VocabParallelLookup"]
+__all__ = ["AdapterDown", "PassesHandles", "TakesHandles", "VocabParallelLookup"]
 
 
 class TakesHandles:
@@ -37,6 +38,16 @@ class TakesHandles:
         if not isinstance(input, Handle):
             return super().__call__(input, *args, **kwargs)  # type: ignore[misc]
         return call_past_deepspeed(self, input, *args, **kwargs)  # type: ignore[arg-type]
+
+
+class PassesHandles(HidesHandles):
+    """A module without parameters of its own that hands its input to one of several others, and their output on."""
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Past all hooks with a handle, which has no gradient that they could follow; as ever with a tensor."""
+        if isinstance(input, Handle):
+            return super(HidesHandles, self).forward(input, *args, **kwargs)  # type: ignore[misc]
+        return super().__call__(input, *args, **kwargs)
 
 
 class AdapterDown(nn.Linear):

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
-    "AdapterLayer", "adapter_layer", "adapters_around", "inner_model_path", "is_foreign", "saved_names", "unwrapped",
+    "AdapterLayer", "adapter_layer", "adapters_around", "inner_model_path", "is_foreign", "places", "runs_copies", "saved_names",
+    "unwrapped",
 ]  # fmt: skip
 
 
@@ -74,6 +75,8 @@ MODEL_WRAPPERS: dict[str, ModelWrapper] = {
         "base_model.model", "peft_config", ("peft.utils.save_and_load", "get_peft_model_state_dict")
     )
 }
+COPIES: dict[str, tuple[str, str]] = {"peft.utils.other.ModulesToSaveWrapper": ("original_module", "modules_to_save")}
+"""Class that runs one of several copies of a module -> its attributes: the frozen copy, and a mapping to the trained ones."""
 FOREIGN = ("peft.",)
 """Modules of these packages that no table names are refused: what they compute is not known."""
 
@@ -96,16 +99,32 @@ def adapters_around(module: Any) -> list[tuple[Any, AdapterLayer]]:
     return found
 
 
-def unwrapped(module: Any) -> Any:
-    """The base layer that adapter layers were put around; `module` itself if there are none."""
+def runs_copies(module: Any) -> bool:
+    """True for a module that runs one of several copies of another."""
+    return _class_names(module)[0] in COPIES
+
+
+def places(module: Any) -> dict[str, Any]:
+    """Path inside `module` -> a module that does its work: the base layer of adapters, each of several copies, or itself ("")."""
+    if runs_copies(module):
+        frozen, trained = COPIES[_class_names(module)[0]]
+        found = {f".{trained}.{name}": copy for name, copy in getattr(module, trained).items()}
+        return {**found, f".{frozen}": getattr(module, frozen)}
+    path = ""
     for outer, layer in adapters_around(module):
-        module = getattr(outer, layer.base)
-    return module
+        module, path = getattr(outer, layer.base), f"{path}.{layer.base}"
+    return {path: module}
+
+
+def unwrapped(module: Any) -> Any:
+    """What does the work of `module` (see `places`): the first, if there are several."""
+    return next(iter(places(module).values()))
 
 
 def is_foreign(module: Any) -> bool:
     """True for a wrapper's module that no table names."""
-    return _class_names(module)[0].startswith(FOREIGN) and adapter_layer(module) is None
+    foreign = _class_names(module)[0].startswith(FOREIGN)
+    return foreign and adapter_layer(module) is None and not runs_copies(module)
 
 
 def model_wrapper(model: Any) -> ModelWrapper | None:

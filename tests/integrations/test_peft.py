@@ -43,7 +43,7 @@ def _adapted(family: str, *, dtype: torch.dtype = torch.float64, own: dict[str, 
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings), autocast_adapter_dtype=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     return model.train()
 
@@ -74,7 +74,7 @@ def _gradients(family: str, key: dict[str, Any], train_base: bool, lora: dict[st
     bad = {name: error for name, error in errors.items() if not error <= 1e-6}  # norms compute in fp32
     assert not bad, bad
     trained = [name for name, p in reference.named_parameters() if p.grad is not None and float(p.grad.norm()) > 1e-9]
-    assert trained and (train_base or all("lora_" in name for name in trained))
+    assert trained and (train_base or all("lora_" in n or "modules_to_save" in n for n in trained))
 
 
 KEYS = {
@@ -112,6 +112,25 @@ def test_modes_keep_the_adapters_gradients(key: str) -> None:
 )
 def test_kinds_of_lora_are_exact_with_the_base_trained_too(lora: dict[str, Any]) -> None:
     run_ranks(3, _gradients, "llama", {}, True, lora, timeout=90)
+
+
+COPIES = ["lm_head", "embed_tokens", "norm", "input_layernorm", "up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "tied"),
+    [
+        ("llama", {}, False),
+        pytest.param("llama", {}, True, marks=SLOW),
+        pytest.param("gemma2", {}, False, marks=SLOW),
+        pytest.param("llama", {"sequence_parallel": False}, False, marks=SLOW),
+        pytest.param("llama", {"recompute": "full"}, False, marks=SLOW),
+    ],
+)
+def test_modules_that_are_trained_as_copies_keep_the_gradients(family: str, key: dict[str, Any], tied: bool) -> None:
+    """`modules_to_save`: head, embedding, norms and a linear, each beside its frozen original."""
+    lora = dict(target_modules=["q_proj", "down_proj"], modules_to_save=COPIES, own={"tie_word_embeddings": tied})
+    run_ranks(2, _gradients, family, key, False, lora, timeout=90)
 
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -193,8 +212,15 @@ def test_adapters_communicate_at_the_width_of_their_rank(tp: int) -> None:
     run_ranks(tp, _traffic, tp, timeout=60)
 
 
+EMBEDDING: dict[str, Any] = dict(target_modules=["embed_tokens", "v_proj", "down_proj"])
+TRAINED_COPIES: dict[str, Any] = dict(
+    target_modules=["v_proj", "down_proj"], modules_to_save=COPIES, own={"tie_word_embeddings": False}
+)
+
+
 def _merge(folder: str, stage: int, lora: dict[str, Any]) -> None:
     fresh_groups()
+    own = lora.get("own", {})
     model, reference = _adapted("llama", dtype=torch.float32, **lora), _adapted("llama", dtype=torch.float32, **lora)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     config = {
@@ -220,13 +246,13 @@ def _merge(folder: str, stage: int, lora: dict[str, Any]) -> None:
     assert gathered and not frozen & {id(p) for p in gathered}, "saving adapters gathers nothing of the base"
     if stage < 3:
         with engine.module.disable_adapter(), torch.no_grad():
-            plain = tiny("llama")(**batches(1, 2)[0]).loss
+            plain = tiny("llama", **own)(**batches(1, 2)[0]).loss
             assert relative_error(engine.module(**batches(1, 2)[0]).loss, plain) < 1e-5
     merged = engine.module.merge_and_unload()
     ds_seqpar.save_pretrained(merged, f"{folder}/merged")
     if dist.get_rank() == 0:
         reference.save_pretrained(f"{folder}/their_adapter")
-        again = PeftModel.from_pretrained(tiny("llama"), f"{folder}/adapter")
+        again = PeftModel.from_pretrained(tiny("llama", **own), f"{folder}/adapter")
         for (name, mine), (other, expected) in zip(again.named_parameters(), reference.named_parameters(), strict=True):
             assert name == other and relative_error(mine, expected) < 1e-5, name
         reference.merge_and_unload().save_pretrained(f"{folder}/their_merged")
@@ -245,16 +271,19 @@ def _recorded(module: Any, name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "targets"),
+    ("stage", "lora"),
     [
-        (1, ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]),
-        (3, ["embed_tokens", "v_proj", "down_proj"]),
-        pytest.param(0, ["embed_tokens", "v_proj", "down_proj"], marks=SLOW),
-        pytest.param(2, ["embed_tokens", "v_proj", "down_proj"], marks=SLOW),
+        (1, dict(target_modules=["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"])),
+        (3, EMBEDDING),
+        pytest.param(0, EMBEDDING, marks=SLOW),
+        pytest.param(2, EMBEDDING, marks=SLOW),
+        (3, TRAINED_COPIES),
+        pytest.param(1, TRAINED_COPIES, marks=SLOW),
     ],
+    ids=["linears-1", "embedding-3", "embedding-0", "embedding-2", "copies-3", "copies-1"],
 )
-def test_adapters_are_saved_and_merged_as_unsharded(tmp_path: Path, stage: int, targets: list[str]) -> None:
-    run_ranks(4 if stage == 3 else 2, _merge, str(tmp_path), stage, {"target_modules": targets}, timeout=90)
+def test_adapters_are_saved_and_merged_as_unsharded(tmp_path: Path, stage: int, lora: dict[str, Any]) -> None:
+    run_ranks(4 if stage == 3 else 2, _merge, str(tmp_path), stage, lora, timeout=90)
     mine, theirs = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("adapter", "their_adapter"))
     assert sorted(mine) == sorted(theirs)
     assert_same_files(tmp_path / "adapter", tmp_path / "their_adapter")
@@ -301,7 +330,7 @@ def _refused(lora: dict[str, Any]) -> None:
     [
         (dict(use_dora=True, target_modules=["q_proj"]), "DoRA.*use plain LoRA or rsLoRA"),
         (dict(target_modules=["lm_head"]), "lm_head.*leave it out of the adapter's target_modules"),
-        (dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head is a peft.*ModulesToSaveWrapper"),
+        (dict(target_modules=["q_proj"], modules_to_save=["mlp"]), "mlp is trained as a copy of a module with parts"),
         (dict(ia3=True), "peft.tuners.ia3.*which cannot be sharded"),
     ],
 )
