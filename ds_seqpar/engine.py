@@ -8,7 +8,7 @@ Saves and loads go through its checkpoint_engine.save, its recovery script and i
 Private names it relies on, each held by a contract test:
 `groups._init_tp_mesh_device`, `groups._TENSOR_MODEL_PARALLEL_GROUP`, `model.ds_autotp_parsed`, `parameter.tensor_model_parallel`,
 `parameter.ds_is_replaced_module` with `gather_params` and `_tp_partition`, `engine.first_dataloader_check`,
-`engine._config.train_batch_size`, `engine.tput_timer.batch_size`.
+`engine._config.train_batch_size`, `engine.tput_timer.batch_size`, `parameter._hp_mapping`, `parameter.ds_tensor`.
 """
 
 from __future__ import annotations
@@ -467,35 +467,38 @@ def _replica_check(engine: Any, state: ShardingState) -> ReplicaCheck:
 def _pieces(engine: Any, parameter: nn.Parameter) -> Iterator[Piece]:
     """What this rank holds of a parameter, of its fp32 copy and of its optimizer state, alike in number on every rank."""
     stage, basic = engine.zero_optimization_stage(), engine.basic_optimizer
-    trained = parameter.requires_grad and basic is not None
+    names = _state_names(basic) if parameter.requires_grad and basic is not None else []
     if stage == 3:
-        start = dist.get_rank(data_parallel_group()) * parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        here = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))  # type: ignore[attr-defined]
-        yield Piece("", parameter.ds_tensor[:here], start)  # type: ignore[attr-defined]
-        for key in ("fp32 copy", *_state_names(basic)) if trained else ():
-            read = (
-                safe_get_local_fp32_param(parameter)
-                if key == "fp32 copy"
-                else safe_get_local_optimizer_state(parameter, key)
-            )
-            yield Piece(key, read[:here], start)
+        yield from _pieces_in_zero3(parameter, names)
         return
     yield Piece("", parameter)
-    if stage == 0 and trained and engine.optimizer is basic:
-        for key in _state_names(basic):
-            yield Piece(key, basic.state.get(parameter, {}).get(key, parameter.new_empty(0)))
-    elif stage and trained:
-        part = getattr(parameter, "_hp_mapping", None)
-        start = 0 if part is None else part.lp_fragment_address.start
-        for key in ("fp32 copy", *_state_names(basic)):
-            held = (
-                None
-                if part is None
-                else part.hp_fragment
-                if key == "fp32 copy"
-                else (part.optim_fragment or {}).get(key)
-            )
-            yield Piece(key, parameter.new_empty(0) if held is None else held, start)
+    if stage:
+        yield from _pieces_in_partitions(parameter, names)
+    elif engine.optimizer is basic:
+        for name in names:
+            yield Piece(name, basic.state.get(parameter, {}).get(name, parameter.new_empty(0)))
+
+
+def _pieces_in_zero3(parameter: Any, names: Sequence[str]) -> Iterator[Piece]:
+    """Each data-parallel rank holds a part of everything; the last one's runs past the end."""
+    start = dist.get_rank(data_parallel_group()) * parameter.ds_tensor.numel()
+    here = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))
+    yield Piece("", parameter.ds_tensor[:here], start)
+    if names:
+        yield Piece("fp32 copy", safe_get_local_fp32_param(parameter)[:here], start)
+    for name in names:
+        yield Piece(name, safe_get_local_optimizer_state(parameter, name)[:here], start)
+
+
+def _pieces_in_partitions(parameter: Any, names: Sequence[str]) -> Iterator[Piece]:
+    """ZeRO 1 and 2: a data-parallel rank holds the fragment that falls into its partition, or none."""
+    nothing, fragment = parameter.new_empty(0), getattr(parameter, "_hp_mapping", None)
+    start = 0 if fragment is None else fragment.lp_fragment_address.start
+    if names:
+        yield Piece("fp32 copy", nothing if fragment is None else fragment.hp_fragment, start)
+    for name in names:
+        states = {} if fragment is None else fragment.optim_fragment or {}
+        yield Piece(name, states.get(name, nothing), start)
 
 
 def _state_names(optimizer: Any) -> list[str]:

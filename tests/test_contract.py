@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from exactness import fresh_groups
-from models import tiny
+from models import batches, tiny
 from ranks import run_ranks
 from torch import nn
 
@@ -33,14 +33,14 @@ def _must(true: object, name: str, expected: str) -> None:
         _changed(name, expected)
 
 
-def _engine(**ds: Any) -> Any:
+def _engine(optimizer: Any = torch.optim.SGD, **ds: Any) -> Any:
     fresh_groups()
     model = tiny("llama")
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True, "ds_seqpar": {"tp_size": 2}, **ds,
     }  # fmt: skip
-    return deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer(model.parameters(), lr=0.1), config=config)[0]
 
 
 def _init_tp_mesh_device() -> None:
@@ -185,6 +185,41 @@ def _tput_timer() -> None:
     _must("self.batch_size" in source, name, "the throughput timer counts with it")
 
 
+def _moments_of(stage: int) -> Any:
+    engine = _engine(zero_optimization={"stage": stage}, gradient_accumulation_steps=1, optimizer=torch.optim.AdamW)
+    engine.backward(engine(**batches(1, 1)[0]).loss)
+    engine.step()
+    return engine
+
+
+def _hp_mapping() -> None:
+    name, numel = "parameter._hp_mapping", 0
+    engine = _moments_of(1)
+    for parameter in engine.module.parameters():
+        fragment = getattr(parameter, "_hp_mapping", None)
+        if fragment is None:
+            continue
+        numel += fragment.hp_fragment.numel()
+        start, size = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
+        same = torch.equal(fragment.hp_fragment, parameter.detach().flatten()[start : start + size])
+        _must(same, name, "lp_fragment_address says where hp_fragment lies in the parameter")
+        _must(
+            {"exp_avg", "exp_avg_sq"} <= set(fragment.optim_fragment), name, "optim_fragment holds the moments by name"
+        )
+    total = torch.tensor(numel)
+    dist.all_reduce(total, group=seam.data_parallel_group())
+    wanted = sum(p.numel() for p in engine.module.parameters())
+    _must(int(total) == wanted, name, "the data-parallel ranks' fragments are the whole")
+
+
+def _ds_tensor() -> None:
+    engine = _moments_of(3)
+    for parameter in engine.module.parameters():
+        numel = parameter.ds_tensor.numel()
+        fits = numel * 2 >= parameter.ds_numel > (numel - 1) * 2
+        _must(fits, "parameter.ds_tensor", "it is an equal share of ds_numel for each data-parallel rank")
+
+
 CONTRACT: dict[str, tuple[int, Callable[[], None]]] = {
     "groups._init_tp_mesh_device": (4, _init_tp_mesh_device),
     "groups._TENSOR_MODEL_PARALLEL_GROUP": (4, _tensor_model_parallel_group),
@@ -196,6 +231,8 @@ CONTRACT: dict[str, tuple[int, Callable[[], None]]] = {
     "engine.first_dataloader_check": (2, _first_dataloader_check),
     "engine._config.train_batch_size": (4, _train_batch_size),
     "engine.tput_timer.batch_size": (4, _tput_timer),
+    "parameter._hp_mapping": (4, _hp_mapping),
+    "parameter.ds_tensor": (4, _ds_tensor),
 }
 
 

@@ -308,8 +308,10 @@ class _Comparison:
         rounding = self._rounding(wide)
         allowed = rounding.allowed(size, lost, largest)
         measured = _Measured("gradient", name, at, _distance(mine, exact), allowed, 0.0, entry.kind)
-        unsummed = allowed + rounding.relative * _distance(raw)
-        measured.as_complete = _distance(raw, exact) / unsummed if unsummed else 0.0
+        summed = raw is not mine
+        unsummed = allowed + rounding.relative * (_distance(raw) if summed else size)
+        apart = _distance(raw, exact) if summed else measured.error
+        measured.as_complete = apart / unsummed if unsummed else 0.0
         if entry.cut is None or entry.cut.copied:
             total = self._sum(raw, entry)
             measured.as_term = _distance(total, exact) / unsummed if unsummed else 0.0
