@@ -124,13 +124,18 @@ def _line(check: Check) -> str:
 
 def batch_for(model: Any, tp_size: int, seq: int) -> dict[str, Any]:
     """A few rows of `seq` random tokens: with padding, ignored labels, and a number of tokens that tp_size does not divide.
+    Tokens that the config gives a meaning (an image's place, the end of a text) are left out.
 
     model: the Hugging Face model that will be called, or that a wrapper will call.
     """
     generator = torch.Generator().manual_seed(1)
     rows = 2 if tp_size % 3 == 0 else 3
     seq = max(4, seq + 1 if tp_size > 1 and rows * seq % tp_size == 0 else seq)
-    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (rows, seq), generator=generator)
+    special = {
+        x for name, x in vars(model.config).items() if name.endswith(("token_id", "token_index")) and type(x) is int
+    }
+    ordinary = [i for i in range(model.get_input_embeddings().num_embeddings) if i not in special] or [0]
+    ids = torch.tensor(ordinary)[torch.randint(0, len(ordinary), (rows, seq), generator=generator)]
     mask = torch.ones_like(ids)
     mask[-1, seq - 2 :] = 0
     labels = ids.masked_fill(mask == 0, -100)

@@ -89,6 +89,30 @@ def test_every_kind_of_model_passes(tp: int, dtype: torch.dtype) -> None:
         assert said.count("passed") >= len(types) - 2 * (tp > 2)  # a few have too few heads
 
 
+def _adapters() -> dict[str, str]:
+    from peft import LoraConfig, get_peft_model
+
+    fresh_groups()
+    torch.manual_seed(0)
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    model = get_peft_model(tiny("llama"), LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    skeleton = Skeleton(model)
+    ds_seqpar.shard(model, {"tp_size": 2})
+    found = verified(model, skeleton, 9)
+    assert found.passed, str(found)
+    return {check.module: check.measured for check in found.checks if check.what == "gradient"}
+
+
+def test_adapters_are_verified_and_frozen_weights_have_no_gradient() -> None:
+    for kinds in run_ranks(2, _adapters):
+        layer = "base_model.model.model.layers.0"
+        assert len(kinds) == 2 * 4 * 2, kinds
+        assert kinds[f"{layer}.self_attn.q_proj.lora_A.default.weight"] == Kind.PARTIAL
+        assert kinds[f"{layer}.self_attn.q_proj.lora_B.default.weight"] == Kind.CUT
+        assert kinds[f"{layer}.mlp.down_proj.lora_A.default.weight"] == Kind.CUT
+        assert kinds[f"{layer}.mlp.down_proj.lora_B.default.weight"] == Kind.PARTIAL
+
+
 def _most_held() -> tuple[int, int, int]:
     """(elements that the skeleton held at most, of everything outside the layers, of one layer)."""
     most, plain = 0, reference.Reference._gradients
