@@ -1,4 +1,4 @@
-"""What DeepSpeed's load of a universal checkpoint leaves out: frozen parameters, and the optimizer at ZeRO stage 0."""
+"""What DeepSpeed's loads leave out: frozen parameters and the optimizer at ZeRO stage 0 of a universal checkpoint, a product of betas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..layers.region import ShardingState
 from .gathering import part_of
 from .universal import MOMENTS, OPTIMIZER
 
-__all__ = ["restore_frozen", "restore_optimizer"]
+__all__ = ["count_steps_again", "restore_frozen", "restore_optimizer"]
 
 Member = tuple[nn.Parameter, Tensor]
 """A parameter and where its master weights lie."""
@@ -63,6 +63,20 @@ def restore_optimizer(engine: Any, folder: Path, state: ShardingState) -> None:
             step = torch.load(where / "step.pt")
         # A tensor of its own for each: an optimizer counts in place.
         optimizer.state[holder] = {"step": torch.as_tensor(step, dtype=torch.float32).clone(), **moments}
+
+
+def count_steps_again(optimizer: Any) -> None:
+    """Brings DeepSpeed's Adam on the host to the step of its loaded state, so that the run goes on bit for bit.
+
+    It keeps beta^step as a running product outside that state; after a load it would take a power, which is rounded otherwise.
+    """
+    native = getattr(optimizer, "ds_opt_adam", None)
+    if native is None:
+        return
+    nothing = torch.empty(0)
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    for step in range(max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)):
+        native.adam_update(optimizer.opt_id, step + 1, 0.0, beta1, beta2, 1.0, 0.0, True, *[nothing] * 4)
 
 
 def _holders(optimizer: Any) -> Iterator[tuple[Tensor, list[Member]]]:

@@ -30,7 +30,7 @@ from . import manifest as manifests
 from . import universal
 from .manifest import CONFIG_FOLDER, IDENTITY_KEY, MANIFEST
 from .rendezvous import agreed, everyones, from_first_rank, meet
-from .restoring import restore_frozen, restore_optimizer
+from .restoring import count_steps_again, restore_frozen, restore_optimizer
 
 __all__ = ["load_checkpoint", "recover", "safe_reading", "save_checkpoint"]
 
@@ -161,6 +161,8 @@ def load_checkpoint(
         path, client_state = plain(str(folder.parent), tag=folder.name, **options)
     state.generation += 1
     (client_state or {}).pop(IDENTITY_KEY, None)
+    if whole and engine.optimizer is not None:
+        count_steps_again(getattr(engine.optimizer, "optimizer", engine.optimizer))
     if whole and saved["dp_size"] == here["dp_size"]:
         _restore_random(folder / _random_file(dist.get_rank()))
     return path, client_state

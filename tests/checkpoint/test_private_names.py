@@ -11,6 +11,7 @@ import pytest
 import torch
 from deepspeed.checkpoint import constants, universal_checkpoint
 from deepspeed.checkpoint.affine import AFFINE_MAP_FORMAT_VERSION
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from transformers import PreTrainedModel, core_model_loading
@@ -41,6 +42,12 @@ def test_deepspeed_reads_a_universal_checkpoint_at_stage_0_but_for_its_optimizer
     assert "self.fp32_groups_flat" in inspect.getsource(FP16_Optimizer)
     unfused = inspect.getsource(FP16_UnfusedOptimizer)
     assert "self.fp16_groups" in unfused and "self.fp32_groups" in unfused
+
+
+def test_deepspeeds_optimizer_on_the_host_counts_outside_its_state() -> None:
+    source = inspect.getsource(DeepSpeedCPUAdam)
+    assert "self.ds_opt_adam.adam_update(self.opt_id, state['step'], group['lr'], beta1, beta2, group['eps']," in source
+    assert "group['weight_decay'], group['bias_correction'], p.data, p.grad.data," in source
 
 
 def test_transformers_merges_experts_as_we_do() -> None:

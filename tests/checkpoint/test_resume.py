@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from ranks import run_ranks
 from training import engine_at, optimizer_states, random_draws, run, weights
 
@@ -92,6 +95,16 @@ def _offloaded(stage: int) -> dict[str, Any]:
 )
 def test_an_optimizer_on_the_host_comes_back(tmp_path: Path, dp: int, stage: int, dtype: torch.dtype) -> None:
     _check(tmp_path, "llama", 2, dp, stage, dtype, **_offloaded(stage))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("ninja") is None, reason="DeepSpeed compiles its optimizer: install ninja and a C++ compiler"
+)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_own_host_optimizer_comes_back(tmp_path: Path, stage: int) -> None:
+    CPUAdamBuilder().load(verbose=False)  # once, before the ranks
+    _check(tmp_path, "llama", 2, 1, stage, torch.bfloat16, optimizer_class=DeepSpeedCPUAdam, **_offloaded(stage))
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -24,7 +24,8 @@ SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "total_n
 
 def engine_at(
     family: str, tp: int, stage: int, *, dtype: torch.dtype = torch.float32, groups: int = 2, own: dict[str, Any] | None = None,
-    seed: int = 0, freeze: tuple[str, ...] = (), lora: bool = False, **ds: Any,
+    seed: int = 0, freeze: tuple[str, ...] = (), lora: bool = False,
+    optimizer_class: Any = torch.optim.AdamW, **ds: Any,
 ) -> Any:  # fmt: skip
     """AdamW, clipped, with weight decay on matrices alone (`groups` = 2) and a schedule.
 
@@ -46,7 +47,7 @@ def engine_at(
             {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
         ]
         sets = [group for group in sets if group["params"]]
-    optimizer = torch.optim.AdamW(sets, lr=1e-2, eps=1e-6)
+    optimizer = optimizer_class(sets, lr=1e-2, eps=1e-6)
     if dtype == torch.bfloat16:
         ds["bf16"] = {"enabled": True}
     clipping = 0.0 if stage == 0 and dtype == torch.bfloat16 else 0.5
