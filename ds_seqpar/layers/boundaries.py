@@ -254,7 +254,7 @@ class ShardedModel(_Guarded):
         self._refuse_replaced()
         with self._guarded(args, kwargs) as seed:
             self._refuse_attentions(kwargs)
-            region = state.region_for(*self._batch_and_seq(args, kwargs))
+            region = state.region_for(*self._batch_and_seq(args, kwargs), together=not self._recomputes_reentrantly())
             fork = state.random.fork(seed, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
             shards: set[Path] = set()
             outer, self._shards = self._shards, shards
@@ -292,6 +292,16 @@ class ShardedModel(_Guarded):
                 shape = given[name].shape
                 return int(shape[0]), int(shape[1])
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+    def _recomputes_reentrantly(self) -> bool:
+        """Whether layers are checkpointed so that each runs a backward pass of its own."""
+        layers = (m for m in (self._sharded or {}).values() if isinstance(m, ShardedLayer))
+        recompute = (
+            getattr(m, "_gradient_checkpointing_func", None)
+            for m in layers
+            if getattr(m, "gradient_checkpointing", False)
+        )
+        return any(getattr(function, "keywords", {}).get("use_reentrant") for function in recompute)
 
     def _refuse_replaced(self) -> None:
         """A forward that was put on a sharded module's object hides its own, and gives wrong gradients without an error."""

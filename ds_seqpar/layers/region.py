@@ -126,14 +126,17 @@ class ShardingState:
             "checkpoint and shard it too"
         )
 
-    def region_for(self, batch: int, seq: int) -> TokenRegion:
+    def region_for(self, batch: int, seq: int, *, together: bool = True) -> TokenRegion:
         """The region of a forward over [b, s] tokens.
 
         Tokens are cut whenever a gradient may be asked for, so that a parameter's kind never depends on the call;
-        without gradients, single-token decoding runs as plain tensor parallelism.
+        without gradients, single-token decoding runs as plain tensor parallelism. `together`: the gradients of norms may be
+        summed in one backward node of the whole forward, which is wrong where layers have backward passes of their own.
         """
         cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
-        return TokenRegion(batch, seq, cut, self.groups, self.exchange, together=self.partial.together())
+        return TokenRegion(
+            batch, seq, cut, self.groups, self.exchange, together=self.partial.together() if together else None
+        )
 
     @contextmanager
     def within(self, region: TokenRegion | None) -> Iterator[None]:

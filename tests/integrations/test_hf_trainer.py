@@ -118,7 +118,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "drop_last": dict(dataloader_drop_last=True, average_tokens_across_devices=False),
     "weight_decay": dict(max_grad_norm=0.0, eval_accumulation_steps=1, weight_decay=0.1),
 }
-QUICK = {"gradient_checkpointing", "label_smoothing"}
+QUICK = {"gradient_checkpointing", "reentrant", "label_smoothing"}
 
 
 @pytest.mark.parametrize("option", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in OPTIONS])
