@@ -68,8 +68,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
     text = _text_config(config)
     top = model if text is config else _language_model(model, text)
     data_file = model_type if has_data_file(model_type) else str(text.model_type)
+    names = {id(module): name for name, module in model.named_modules()}
     base = _base_of(top, family(data_file).base)
-    base_name = next((name for name, module in model.named_modules() if module is base), "")
+    base_name, plans_name = names[id(base)], names[id(_base_of(top, ""))]
     if getattr(model, "hf_quantizer", None) is not None:
         how = getattr(config, "quantization_config", None)
         method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
@@ -83,8 +84,7 @@ def describe(model: PreTrainedModel) -> ModelFacts:
             f"Liger replaced the forward of {type(replaced).__name__} by one that reads the head's weight itself; apply Liger "
             "with fused_linear_cross_entropy=False (the loss is fused here)"
         )
-    plan = {(f"{base_name}.{k}" if base_name else k): v for k, v in (text.base_model_tp_plan or {}).items()}
-    names = {id(module): name for name, module in model.named_modules()}
+    plan = {(f"{plans_name}.{k}" if plans_name else k): v for k, v in (text.base_model_tp_plan or {}).items()}
     embedding, head = _input_embedding(model), model.get_output_embeddings()
     heads = int(_common(text, "num_attention_heads") or 0)
     head_dim = _common(text, "head_dim") or (text.hidden_size // heads if heads else 0)

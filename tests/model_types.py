@@ -72,6 +72,9 @@ OWN: dict[str, dict[str, Any]] = {
     "t5gemma2_decoder": dict(dropout_rate=0.0),
     "t5gemma2_text": dict(dropout_rate=0.0),
     "deepseek_v4": dict(output_router_logits=False),
+    "gemma4_vision": dict(patch_size=4, pooling_kernel_size=2, position_embedding_size=8),
+    "llama4_vision_model": dict(image_size=16, patch_size=4, intermediate_size=192, vision_output_dim=20, projector_input_dim=20,
+        projector_output_dim=20),
     "dots3_note_text": dict(num_key_value_heads=6),
     "esmc": dict(num_key_value_heads=6),
     "flint": dict(output_router_logits=False),
@@ -101,11 +104,20 @@ OWN: dict[str, dict[str, Any]] = {
         indexer_head_dim=8, indexer_budget=64, indexer_compress_ratio=1,
     ),
 }  # fmt: skip
-EMBEDDED = ("qwen3_omni_moe_talker_code_predictor", "qwen3_omni_moe_talker_text")
+EMBEDDED = ("deepseek_ocr2_encoder", "qwen3_omni_moe_talker_code_predictor", "qwen3_omni_moe_talker_text")
 """Types that are given embeddings: sums of their own and of what another model makes."""
 
-MORE_INPUTS = {"voxtral_realtime_text": {"t_cond": (1, 1, 48)}}
-"""Tensors without a gradient that a type is given beside its tokens."""
+MORE_INPUTS: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2_encoder": {"num_patches": 4},
+    "voxtral_realtime_text": {"t_cond": (1, 1, 48)},
+}
+"""Numbers, and tensors without a gradient, that a type is given beside its tokens."""
+
+PATCHES: dict[str, dict[str, Any]] = {
+    "gemma4_vision": {"pixel_values": (3, 16, 48), "pixel_position_ids": [[x, y] for y in range(4) for x in range(4)]},
+    "llama4_vision_model": {"pixel_values": (3, 3, 16, 16)},
+}
+"""Vision towers by themselves: what they are given instead of tokens; positions are the same for each of three images."""
 
 FLOAT32 = ("inkling2_text",)
 """Types whose code has a dtype of its own inside."""
@@ -220,8 +232,14 @@ def batches_for(
         batch = {name: x.to(device()) for name, x in {"input_ids": ids, "labels": labels}.items()}
         if model_type in PARTS:
             batch = with_images(batch, model_type, _dtype(model_type), len(result))
-        for name, shape in MORE_INPUTS.get(model_type, {}).items():
-            batch[name] = torch.randn(shape, generator=generator).to(device(), _dtype(model_type))
+        if model_type in PATCHES:
+            batch = {}
+        for name, value in {**MORE_INPUTS.get(model_type, {}), **PATCHES.get(model_type, {})}.items():
+            batch[name] = value
+            if isinstance(value, tuple):
+                batch[name] = torch.randn(value, generator=generator).to(device(), _dtype(model_type))
+            elif isinstance(value, list):
+                batch[name] = torch.tensor([value] * rows, device=device())
         if model_type in EMBEDDED:
             embeds = torch.randn((rows, seq, SIZES["hidden_size"]), generator=generator)
             batch["inputs_embeds"] = embeds.to(device(), _dtype(model_type))

@@ -35,9 +35,9 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).loss  # type: ignore[no-any-return]
     inputs = {name: x for name, x in batch.items() if name != "labels"}
     if "inputs_embeds" in inputs:  # the caller embeds, as the model around it does
-        embedding = model.get_input_embeddings()
-        first = embedding[0] if isinstance(embedding, torch.nn.ModuleList) else embedding
-        inputs["inputs_embeds"] = inputs["inputs_embeds"] + first(inputs.pop("input_ids"))
+        ids, embeddings = inputs.pop("input_ids"), [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+        if embeddings:
+            inputs["inputs_embeds"] = inputs["inputs_embeds"] + embeddings[0](ids)
     last = model(**inputs).last_hidden_state
     weight = torch.linspace(-1.0, 1.0, last.numel(), dtype=last.dtype, device=last.device).view(last.shape)
     return (last * weight).square().mean() + (last * weight).mean()

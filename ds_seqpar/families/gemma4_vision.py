@@ -1,3 +1,9 @@
-"""A vision tower."""
+"""Gemma 4's vision tower: its encoder is given the patches of images, its linears are wrapped."""
 
-REFUSED = "it is a vision tower: its tokens are patches of images, not of a sequence that is cut"
+BASE = "encoder"
+ROLES = {
+    "layers.*.self_attn.q_proj.linear": ("q",),
+    "layers.*.self_attn.k_proj.linear": ("kv",),
+    "layers.*.self_attn.v_proj.linear": ("kv",),
+    "layers.*.self_attn.o_proj.linear": ("q",),
+}

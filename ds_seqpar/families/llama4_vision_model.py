@@ -1,3 +1,4 @@
-"""A vision tower."""
+"""Llama 4's vision tower: its encoder is given the patches of images."""
 
-REFUSED = "it is a vision tower: its tokens are patches of images, not of a sequence that is cut"
+BASE = "model"
+STYLES = {"layers.*.mlp.fc1": "colwise", "layers.*.mlp.fc2": "rowwise"}

@@ -166,19 +166,20 @@ class ShardedLayer:
     seqpar: ShardingState
     token_inputs: tuple[str, ...] = ()
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """TokenShard or full [b, s, h] -> TokenShard (or, where tokens are not cut, [b, s, h])."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """TokenShard or full [b, s, h], the first argument -> TokenShard (or, where tokens are not cut, [b, s, h])."""
         region = self.seqpar.region
         if region is None:
             raise SeqParError(f"{type(self).__name__} was called outside a forward of its model")
+        first, *names = inspect.signature(super().forward).parameters  # type: ignore[misc]
+        hidden_states, *rest = args or (kwargs.pop(first),)
         if isinstance(hidden_states, TokenShard):
             local = hidden_states.local()
         else:
             local = region.local_of_replicated(hidden_states)
-        names = list(inspect.signature(super().forward).parameters)[1:]  # type: ignore[misc]
-        args = tuple(self._local(name, x, region) for name, x in zip(names, args, strict=False))
+        rest = [self._local(name, x, region) for name, x in zip(names, rest, strict=False)]
         kwargs = {name: self._local(name, x, region) for name, x in kwargs.items()}
-        output = super().__call__(local, *args, _region=region, **kwargs)  # type: ignore[misc]
+        output = super().__call__(local, *rest, _region=region, **kwargs)  # type: ignore[misc]
         if isinstance(output, tuple):
             return (self._wrapped(output[0], region), *output[1:])
         return self._wrapped(output, region)
@@ -287,7 +288,7 @@ class ShardedModel(_Guarded):
     def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int]:
         names = [name for name in inspect.signature(self.forward).parameters if name != "self"]
         given = dict(zip(names, args, strict=False)) | kwargs
-        for name in ("input_ids", "inputs_embeds"):
+        for name in ("input_ids", "inputs_embeds", "hidden_states"):
             if given.get(name) is not None:
                 shape = given[name].shape
                 return int(shape[0]), int(shape[1])
