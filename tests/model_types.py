@@ -207,8 +207,9 @@ def tiny_of(
             if parameter.dim() > 2 or not bool(torch.isfinite(parameter).all()):
                 parameter.zero_()  # some are left uninitialised
             parameter.add_(torch.randn(parameter.shape) * (0.1 if parameter.dim() == 1 else 0.05))
-    if hasattr(model.get_input_embeddings(), "eoi_token_index"):  # an id with an embedding of its own
-        model.get_input_embeddings().eoi_token_index = int(batches_for(1, 3, 7)[0]["input_ids"][1, 1])
+    for module in model.modules():
+        if hasattr(module, "eoi_token_index"):  # an id with an embedding of its own
+            module.eoi_token_index = int(batches_for(1, 3, 7)[0]["input_ids"][1, 1])
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():  # `model.to` would make complex buffers real
             tensor.data = tensor.data.to(dtype or _dtype(model_type))

@@ -30,7 +30,7 @@ __all__ = ["TOLERANCE", "document", "measured", "parity"]
 TOLERANCE = 1e-5
 
 
-def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
     if causal(model.config):
         return model(**batch).loss  # type: ignore[no-any-return]
     inputs = {name: x for name, x in batch.items() if name != "labels"}
@@ -43,7 +43,7 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return (last * weight).square().mean() + (last * weight).mean()
 
 
-def _with_gradients(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_gradients(batch: dict[str, Any]) -> dict[str, Any]:
     """Embeddings come from somewhere that is trained, too: their gradient must be whole on every rank."""
     return {n: x.clone().requires_grad_() if n == "inputs_embeds" else x for n, x in batch.items()}
 
@@ -64,7 +64,8 @@ def parity(model_type: str, seq: int = 7, **own: Any) -> dict[str, Any]:
         errors[f"loss {i}"] = relative_error(loss.detach(), expected.detach())
         loss.backward()
         expected.backward()
-        errors |= {f"{name} {i}": relative_error(mine[name].grad, theirs[name].grad) for name in mine}
+        if "inputs_embeds" in batch:
+            errors[f"inputs {i}"] = relative_error(mine["inputs_embeds"].grad, theirs["inputs_embeds"].grad)
     gradients = full_gradients(model)
     for name, parameter in reference.named_parameters():
         errors[name] = relative_error(gradients[name], parameter.grad)
@@ -155,7 +156,7 @@ def document() -> str:
         exact=exact,
         refused=len(results) - exact,
         planned=len(planned_types()),
-        planned_exact=sum(results[name]["status"] == "exact" for name in planned_types()),
+        planned_exact=sum(results.get(name, {}).get("status") == "exact" for name in planned_types()),
         version=ds_seqpar.families.MEASURED_WITH,
         table=ds_seqpar.cli.table(),
     )

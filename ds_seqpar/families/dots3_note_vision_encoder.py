@@ -1,3 +1,5 @@
 """A vision tower."""
 
-REFUSED = "it is a vision tower: its tokens are patches of images, not of a sequence that is cut"
+REFUSED = (
+    "it is a vision tower whose patches are packed in one dimension, [patches, h], where [batch, tokens, h] is cut"
+)

@@ -291,6 +291,10 @@ class ShardedModel(_Guarded):
         for name in ("input_ids", "inputs_embeds", "hidden_states"):
             if given.get(name) is not None:
                 shape = given[name].shape
+                if len(shape) != (2 if name == "input_ids" else 3):
+                    raise SeqParError(
+                        f"{name} of shape {list(shape)}: a sharded model takes [batch, tokens], or [batch, tokens, h]"
+                    )
                 return int(shape[0]), int(shape[1])
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 
