@@ -16,6 +16,9 @@ export TORCH_EXTENSIONS_DIR
     echo "\$ DS_SEQPAR_TEST_DEVICE=cuda pytest tests/kernels"
     DS_SEQPAR_TEST_DEVICE=cuda timeout 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels 2>&1 | tail -3
     kernels=${PIPESTATUS[0]}
+    echo "\$ DS_SEQPAR_TEST_DEVICE=cuda pytest tests/comm/test_copy_engines.py"
+    DS_SEQPAR_TEST_DEVICE=cuda timeout 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/comm/test_copy_engines.py 2>&1 | tail -3
+    engines=${PIPESTATUS[0]}
     echo "\$ DS_SEQPAR_TEST_DEVICE=cuda pytest tests/comm/test_exchange.py tests/test_families.py tests/test_matrix.py tests/test_modes.py tests/test_generate.py -m 'not slow'"
     DS_SEQPAR_TEST_DEVICE=cuda timeout "${TEST_SECONDS:-900}" "$PYTHON" -m pytest -q -p no:cacheprovider tests/comm/test_exchange.py tests/test_families.py tests/test_matrix.py \
         tests/test_modes.py tests/test_generate.py -m 'not slow' 2>&1
@@ -27,5 +30,5 @@ export TORCH_EXTENSIONS_DIR
         --deepspeed-config configs/zero1_tp2.json --out "${OUT_FOLDER:-build/gpu_finetune}" ${FINETUNE_ARGS:-} 2>&1 | tr '\r' '\n'
     finetune=$?
     echo "finetune: exit status $finetune"
-    [ "$kernels" -eq 0 ] && [ "$tests" -eq 0 ] && [ "$finetune" -eq 0 ]
+    [ "$kernels" -eq 0 ] && [ "$engines" -eq 0 ] && [ "$tests" -eq 0 ] && [ "$finetune" -eq 0 ]
 } | tee "$log"

@@ -51,6 +51,7 @@ from .layers.embedding import VocabParallelEmbedding
 from .layers.gating import DeferredActivation
 from .layers.guard import InputGuard
 from .layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
+from .layers.masking import answer_known_positions
 from .layers.norm import CutRMSNorm, FusedRMSNorm, rms_norm_epsilon
 from .layers.partial import PartialGradients
 from .layers.random import ParallelRandom
@@ -375,6 +376,7 @@ class _Injection:
             if isinstance(child, nn.Dropout):  # the embedding's
                 self._boundary(child, TokenwiseModule)
         self._boundary(base, ShardedModel)
+        answer_known_positions()
         if base is not self.model:
             self._boundary(self.model, ShardedTopModel)
         around = self.facts.base.split(".")[:-1]

@@ -81,6 +81,11 @@ class SplitTransport:
         self.begun += 1
         return _SplitGathering(self, all_gather(shard, self.group)[:tokens])
 
+    def gather_made(self, like: Tensor, make: Callable[[Tensor], None], tokens: int) -> _SplitGathering:
+        memory = torch.full_like(like, float("nan"))
+        make(memory)
+        return self.gather(memory, tokens)
+
     def scatter(self, tokens: int, width: int, like: Tensor) -> _SplitScattering:
         return _SplitScattering(self, tokens, like.new_zeros((self.size * -(-tokens // self.size), width)))
 

@@ -79,8 +79,8 @@ def test_gradient_checkpointing_as_hugging_face_spells_it(reentrant: bool) -> No
     _assert_exact(run_ranks(2, _reentrant, reentrant))
 
 
-def _bf16_losses(tp: int) -> list[float]:
-    model = tiny("llama", hidden_size=96, head_dim=16, intermediate_size=128).train()
+def _losses(tp: int, bf16: bool) -> list[float]:
+    model = tiny("llama", hidden_size=96, head_dim=16, intermediate_size=128).bfloat16().float().train()
     options = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     key = {"tp_size": tp} if tp > 1 else {"tp_size": 1, "enabled": False}
     engine = engine_for(
@@ -90,7 +90,7 @@ def _bf16_losses(tp: int) -> list[float]:
         1,
         2,
         1,
-        bf16={"enabled": True},
+        bf16={"enabled": bf16},
         gradient_clipping=1.0,
     )
     losses = []
@@ -103,11 +103,14 @@ def _bf16_losses(tp: int) -> list[float]:
 
 
 def test_bf16_losses_track_the_unsharded_run_within_rounding() -> None:
-    (expected,) = run_ranks(1, _bf16_losses, 1)
-    for ours in run_ranks(2, _bf16_losses, 2):
+    (expected,), (exact,) = run_ranks(1, _losses, 1, True), run_ranks(1, _losses, 1, False)
+    # Rounding differently is all that ours may do: it is no further away than rounding takes the unsharded run.
+    rounding = max(abs(b - c) / c for b, c in zip(expected, exact, strict=True))
+    assert rounding < 2**-6
+    for ours in run_ranks(2, _losses, 2, True):
         assert expected[-1] < 0.9 * expected[0], "the run must learn something"
         for step, (a, b) in enumerate(zip(ours, expected, strict=True)):
-            assert abs(a - b) <= 2**-8 * abs(b), f"step {step}: {a} against {b}"
+            assert abs(a - b) <= rounding * abs(b), f"step {step}: {a} against {b}"
 
 
 def test_adamw_with_plain_tensor_parallelism() -> None:

@@ -64,6 +64,10 @@ class Transport(Protocol):
         """Starts gathering shard [c, ...], c = ceil(tokens/t)."""
         ...
 
+    def gather_made(self, like: Tensor, make: Callable[[Tensor], None], tokens: int) -> Gathering:
+        """`gather` of what `make(memory)` writes to memory of the shape, dtype and device of `like`."""
+        ...
+
     def scatter(self, tokens: int, width: int, like: Tensor) -> Scattering:
         """Begins a reduce-scatter of [tokens, width] with the dtype and device of `like`."""
         ...
@@ -88,6 +92,10 @@ class Exchange:
     def gather(self, shard: Tensor, tokens: int) -> Gathering:
         """Starts gathering shard [c, ...] of all ranks to [tokens, ...]."""
         return self._transport(shard, shard.nbytes).gather(shard.contiguous(), tokens)
+
+    def gather_made(self, like: Tensor, make: Callable[[Tensor], None], tokens: int) -> Gathering:
+        """Starts gathering what `make(memory)` writes to memory of the shape [c, ...], dtype and device of `like`."""
+        return self._transport(like, like.nbytes).gather_made(like, make, tokens)
 
     def scatter(self, tokens: int, width: int, like: Tensor) -> Scattering:
         """Begins a reduce-scatter of [tokens, width] with the dtype and device of `like`."""
@@ -143,6 +151,11 @@ class _Collectives:
         start = all_gather_async if self.asynchronous else all_gather
         return _GatheringAtOnce(start(shard, self.group), tokens)
 
+    def gather_made(self, like: Tensor, make: Callable[[Tensor], None], tokens: int) -> _GatheringAtOnce:
+        shard = torch.empty_like(like, memory_format=torch.contiguous_format)
+        make(shard)
+        return self.gather(shard, tokens)
+
     def scatter(self, tokens: int, width: int, like: Tensor) -> _ScatteringAtOnce:
         return _ScatteringAtOnce(self, tokens, width, like)
 
@@ -197,7 +210,10 @@ class _CopyEngines:
         return slice(min(rank * rows, tokens), min((rank + 1) * rows, tokens))
 
     def gather(self, shard: Tensor, tokens: int) -> _GatheringByRank:
-        return _GatheringByRank(self, shard, tokens)
+        return _GatheringByRank(self, shard, lambda memory: memory.copy_(shard), tokens)
+
+    def gather_made(self, like: Tensor, make: Callable[[Tensor], None], tokens: int) -> _GatheringByRank:
+        return _GatheringByRank(self, like, make, tokens)
 
     def scatter(self, tokens: int, width: int, like: Tensor) -> _ScatteringByRank:
         return _ScatteringByRank(self, tokens, width, like)
@@ -206,14 +222,14 @@ class _CopyEngines:
 class _GatheringByRank:
     """Gathers into the slot that the peers read this rank's rows from."""
 
-    def __init__(self, by: _CopyEngines, shard: Tensor, tokens: int) -> None:
+    def __init__(self, by: _CopyEngines, like: Tensor, make: Callable[[Tensor], object], tokens: int) -> None:
         self._by, self._tokens = by, tokens
-        slot = by.memory.take(by.size * shard.nbytes)
+        slot = by.memory.take(by.size * like.nbytes)
 
         def rows(owner: int, of: int) -> Tensor:
-            return slot.of(owner, shard.shape, shard.dtype, of * shard.nbytes)
+            return slot.of(owner, like.shape, like.dtype, of * like.nbytes)
 
-        rows(by.rank, by.rank).copy_(shard)
+        make(rows(by.rank, by.rank))
         by.memory.barrier()
         self._arrived = []
         with torch.cuda.stream(by.stream):
@@ -222,7 +238,7 @@ class _GatheringByRank:
                 event = torch.cuda.Event()
                 event.record()
                 self._arrived.append((peer, event))
-        self._slot, self._full = slot, slot.of(by.rank, (by.size * shard.shape[0], *shard.shape[1:]), shard.dtype)
+        self._slot, self._full = slot, slot.of(by.rank, (by.size * like.shape[0], *like.shape[1:]), like.dtype)
 
     def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
         by = self._by

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from .adjacent import parted
 
-__all__ = ["cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rotate", "scaled"]
+__all__ = [
+    "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotate",
+    "scaled",
+]  # fmt: skip
+
+_PROGRAMS_A_PROCESSOR = 2  # of the norm's backward, each with a partial sum of the weight's gradient
 
 
 @triton.jit
@@ -131,6 +136,51 @@ def _scaled(x, factor, out, size, BLOCK: tl.constexpr):
     tl.store(out + at, value * tl.load(factor).to(tl.float32), mask=at < size)
 
 
+@triton.jit
+def _rms_norm(x, weight, out, root, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    v = tl.load(x + row * width + cols, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(v * v, axis=0) / width + eps)
+    tl.store(root + row, r)
+    tl.store(out + row * width + cols, v * r * w, mask=mask)
+
+
+@triton.jit
+def _rms_norm_backward(dy, x, weight, root, dx, dweight, rows, width, WANTS_DWEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for step in range(0, tl.cdiv(rows, tl.num_programs(0))):
+        row = program + step * tl.num_programs(0)
+        inside = mask & (row < rows)
+        at = row * width + cols
+        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(root + row, mask=row < rows, other=0.0)
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * r
+        slope = d * w
+        tl.store(dx + at, (slope - v * (tl.sum(slope * v, axis=0) / width)) * r, mask=inside)
+        if WANTS_DWEIGHT:
+            total += d * v
+    if WANTS_DWEIGHT:
+        tl.store(dweight + program * width + cols, total, mask=mask)
+
+
+@triton.jit
+def _column_sums(parts, out, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (cols < width)[None, :]
+        total += tl.load(parts + row[:, None] * width + cols[None, :], mask=mask, other=0.0)
+    tl.store(out + cols, tl.sum(total, axis=0), mask=cols < width)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -199,6 +249,44 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if out.numel():
         _launch(_scaled, (triton.cdiv(x.numel(), 4096),), x, factor, out, x.numel(), BLOCK=4096)
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """Writes the norm of contiguous x [..., h] to `out`; returns 1 / sqrt(mean(x^2) + eps) of every row, fp32."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    root = x.new_empty(rows, dtype=torch.float32)
+    if rows:
+        block = triton.next_power_of_2(width)
+        _launch(_rms_norm, (rows,), x, weight, out, root, width, eps, BLOCK=block, num_warps=_warps(block))
+    return root
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, dweight or None) of `rms_norm`; all contiguous."""
+    width, rows = x.shape[-1], root.numel()
+    dx = torch.empty_like(x)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    programs = min(rows, _PROGRAMS_A_PROCESSOR * processors)
+    parts = x.new_empty((programs, width) if wants_dweight else 0, dtype=torch.float32)
+    empty = torch.empty_like if rows else torch.zeros_like
+    dweight = empty(weight) if wants_dweight else None
+    if rows:
+        block = triton.next_power_of_2(width)
+        _launch(
+            _rms_norm_backward, (programs,), dy, x, weight, root, dx, parts, rows, width,
+            WANTS_DWEIGHT=wants_dweight, BLOCK=block, num_warps=_warps(2 * block),
+        )  # fmt: skip
+    if rows and dweight is not None:
+        _launch(_column_sums, (triton.cdiv(width, 32),), parts, dweight, programs, width, ROWS=64, COLS=32)
+    return dx, dweight
+
+
+def _warps(block: int) -> int:
+    """Such that a thread has 16 elements, or less."""
+    return max(1, min(16, block // 512))
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:

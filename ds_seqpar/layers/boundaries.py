@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import CheckpointError, PlanError, SeqParError
 from .attention import fastest_attention
 from .handles import GatheredInput, Handle, TokenShard
+from .masking import positions_of_the_model
 from .norm import remake_of
 from .random import seed_of_state
 from .region import ShardingState, TokenRegion
@@ -257,10 +258,11 @@ class ShardedModel(_Guarded):
             self._refuse_attentions(kwargs)
             region = state.region_for(*self._batch_and_seq(args, kwargs), together=not self._recomputes_reentrantly())
             fork = state.random.fork(seed, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
+            own_positions = positions_of_the_model() if self._only_tokens(args, kwargs) else nullcontext()
             shards: set[Path] = set()
             outer, self._shards = self._shards, shards
             try:
-                with state.within(region), fork:
+                with state.within(region), fork, own_positions:
                     output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             finally:
                 self._shards = outer
@@ -284,6 +286,11 @@ class ShardedModel(_Guarded):
             return x.local()
 
         return _map(super().forward(*args, **kwargs), held)  # type: ignore[misc]
+
+    def _only_tokens(self, args: Any, kwargs: Any) -> bool:
+        """Whether the model was given nothing that its positions could depend on but the number of tokens."""
+        more = [*args[1:], *(x for name, x in kwargs.items() if name not in ("input_ids", "inputs_embeds"))]
+        return all(x is None or isinstance(x, bool | int | float | str) for x in more)
 
     def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int]:
         names = [name for name in inspect.signature(self.forward).parameters if name != "self"]

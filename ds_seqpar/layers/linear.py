@@ -25,6 +25,10 @@ from .region import ShardingState, TokenRegion
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelHead", "call_past_deepspeed", "column_parallel"]
 
+_NARROW = (
+    2  # a sibling this many times narrower than another makes a slow product of its own: one copy of all is cheaper
+)
+
 
 class _ColumnParallel(Function):
     """n linears over one input: [c, h] -> n x [T, out_r]; see ColumnParallelLinear.
@@ -76,9 +80,19 @@ class _ColumnParallel(Function):
             ctx.needs_input_grad[5 + n :],
         )
         joint_dy, joint_weight = joined(dys, 1), joined(weights, 0)
+        if region.cut and min(d.shape[1] for d in dys) * _NARROW <= max(d.shape[1] for d in dys):
+            joint_dy = torch.cat(dys, dim=1) if joint_dy is None else joint_dy
+            joint_weight = torch.cat(weights, dim=0) if joint_weight is None else joint_weight
         lefts, rights = (dys, weights) if joint_dy is None or joint_weight is None else ([joint_dy], [joint_weight])
-        x = None if not kept else kept[0] if ctx.remake is None else ctx.remake(*kept).reshape(region.rows, -1)
-        gathering = region.transport.gather(x, region.tokens) if region.cut and x is not None else None
+        x = None if not kept else kept[0].reshape(region.rows, -1)
+        gathering = None
+        if x is not None and ctx.remake is not None and region.cut:
+            gathering = region.transport.gather_made(x, lambda memory: ctx.remake.write(memory, *kept), region.tokens)
+        elif x is not None and ctx.remake is not None:
+            x = torch.empty_like(x)
+            ctx.remake.write(x, *kept)
+        elif x is not None and region.cut:
+            gathering = region.transport.gather(x, region.tokens)
         dx = scattering = None
         if wants_dx and region.cut:
             scattering = region.transport.scatter(region.tokens, weights[0].shape[1], dys[0])

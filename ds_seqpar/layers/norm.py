@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 
 from ..comm.regions import copy_for_partial, reduce_partial
+from ..kernels.rms_norm import rms_norm, rms_norm_into
 from .region import ShardingState
 
 __all__ = ["CutRMSNorm", "FusedRMSNorm", "Remake", "remake_of", "rms_norm_epsilon"]
@@ -21,12 +21,12 @@ __all__ = ["CutRMSNorm", "FusedRMSNorm", "Remake", "remake_of", "rms_norm_epsilo
 class Remake:
     """How a cheap tensor is computed again in backward, so that what it is `made_of` is kept and it is not."""
 
-    function: Callable[..., Tensor]
-    made_of: tuple[Tensor, ...]
+    into: Callable[..., None]  # (memory, *made_of)
+    made_of: tuple[Tensor, ...]  # the first is of the tensor's own shape and dtype
 
-    def __call__(self, *kept: Tensor) -> Tensor:
-        """The tensor, from what was kept of `made_of`."""
-        return self.function(*kept)
+    def write(self, memory: Tensor, *kept: Tensor) -> None:
+        """Writes the tensor, from what was kept of `made_of`, to contiguous memory of as many elements."""
+        self.into(memory, *kept)
 
 
 def remake_of(x: Tensor) -> Remake | None:
@@ -52,13 +52,13 @@ def rms_norm_epsilon(module: nn.Module) -> float | None:
                 y = torch.func.functional_call(module, {"weight": own}, (x,))
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return None
-        if not isinstance(y, Tensor) or not torch.allclose(y, rms_norm(x, x.shape[-1:], own, eps), 1e-5, 1e-6):
+        if not isinstance(y, Tensor) or not torch.allclose(y, rms_norm(x, own, eps), 1e-5, 1e-6):
             return None
     return eps
 
 
 class FusedRMSNorm:
-    """Put before a module of which `rms_norm_epsilon` is known: torch's fused kernel, which keeps its input and one number a row.
+    """Put before a module of which `rms_norm_epsilon` is known: one fused kernel, which keeps its input and one number a row.
 
     Products of its output keep the norm's input instead and compute the output again (see Remake).
     """
@@ -79,10 +79,10 @@ class FusedRMSNorm:
         if x.dtype != weight.dtype or x.dtype is torch.float64 or torch.is_autocast_enabled(x.device.type):
             wide = x.to(torch.float32)
             return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-        normed = rms_norm(x, x.shape[-1:], weight, eps)
+        normed = rms_norm(x, weight, eps)
         # ZeRO-3 takes the weight away after this forward and brings it back too late.
         kept = weight.detach().clone() if hasattr(self.weight, "ds_id") else weight.detach()
-        remake = Remake(lambda x, weight: rms_norm(x, x.shape[-1:], weight, eps), (x.detach(), kept))
+        remake = Remake(lambda memory, x, weight: rms_norm_into(memory, x, weight, eps), (x.detach(), kept))
         normed._seqpar_remake = remake  # type: ignore[attr-defined]
         return normed
 

@@ -40,7 +40,8 @@ def _same_as_collectives(transport: str) -> str:
             shard = _rows(rank, rows, width, dtype)
             full = torch.stack([_rows(rank, tokens, width, dtype), _rows(rank + 1, tokens, width, dtype)])[rank % 2]
             wanted = all_gather(shard, groups.tp_group)[:tokens]
-            first, second = exchange.gather(shard, tokens), exchange.gather(shard + 1, tokens)
+            first = exchange.gather(shard, tokens)
+            second = exchange.gather_made(shard, lambda memory, shard=shard: torch.add(shard, 1, out=memory), tokens)
             got = torch.full_like(wanted, -1)
             for at, values in first.arrivals():
                 got[at] = values

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, gelu, silu
 
 from ds_seqpar.kernels import cross_entropy as ce
 from ds_seqpar.kernels.gating import gated, gated_backward, known_activation
+from ds_seqpar.kernels.rms_norm import rms_norm, rms_norm_into
 from ds_seqpar.kernels.rotary import rotate
 
 ACTS = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
@@ -130,3 +131,38 @@ def test_scaling_rounds_once(device, dtypes):
     x, factor = _randn(5, 1031, device=device).to(dtypes[0]), torch.tensor(1 / 3, device=device)
     wanted = (x.double() * factor.double()).to(dtypes[1])
     torch.testing.assert_close(ce.scaled(x, factor, dtypes[1]), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 700])
+@pytest.mark.parametrize("width", [8, 96, 4097])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rms_norm_and_its_gradients(device, rows, width, frozen):
+    x, weight, dy = (
+        _randn(*shape, device=device, seed=i) for i, shape in enumerate(((1, rows, width), (width,), (1, rows, width)))
+    )
+    x[:, :1] *= 1e-3  # where the epsilon decides
+    wanted_x, wanted_w = (t.double().requires_grad_() for t in (x, weight))
+    wanted = wanted_x * torch.rsqrt(wanted_x.pow(2).mean(-1, keepdim=True) + 1e-5) * wanted_w
+    wanted.backward(dy.double())
+    x, weight = x.requires_grad_(), weight.requires_grad_(not frozen)
+    got = rms_norm(x, weight, 1e-5)
+    got.backward(dy)
+    memory = torch.full((rows, width), -1.0, device=device)
+    rms_norm_into(memory, x.detach(), weight.detach(), 1e-5)
+    torch.testing.assert_close(got.detach(), wanted.detach().float(), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(memory, got.detach()[0], rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(x.grad, wanted_x.grad.float(), rtol=1e-4, atol=1e-5)
+    assert (weight.grad is None) == frozen
+    if not frozen:
+        torch.testing.assert_close(weight.grad, wanted_w.grad.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_rms_norm_rounds_its_weights_gradient_once(device):
+    x, weight, dy = (
+        _randn(*shape, device=device, seed=i).bfloat16() for i, shape in enumerate(((999, 64), (64,), (999, 64)))
+    )
+    weight.requires_grad_()
+    rms_norm(x, weight, 1e-6).backward(dy)
+    wide = weight.detach().double().requires_grad_()
+    (x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6) * wide).backward(dy.double())
+    torch.testing.assert_close(weight.grad.double(), wide.grad, rtol=2**-8, atol=2**-8 * float(wide.grad.abs().mean()))

@@ -1,0 +1,64 @@
+"""RMS norm and its gradients, each in one pass over the rows.
+
+Legend: n rows, h hidden.  Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .dispatch import runs_triton
+
+__all__ = ["rms_norm", "rms_norm_into"]
+
+_WIDEST = 16384  # a row is held in registers
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class _RMSNorm(Function):
+    """Keeps x and one fp32 number a row, as torch's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        from . import triton_kernels as kernels
+
+        out = torch.empty_like(x)
+        root = kernels.rms_norm(x, weight, eps, out)
+        ctx.save_for_backward(x, weight, root)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        from . import triton_kernels as kernels
+
+        x, weight, root = ctx.saved_tensors
+        dx, dweight = kernels.rms_norm_backward(dy.contiguous(), x, weight, root, ctx.needs_input_grad[1])
+        return dx, dweight, None
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    alike = x.dtype == weight.dtype and x.dtype in _DTYPES
+    return runs_triton(x) and alike and x.is_contiguous() and weight.is_contiguous() and x.shape[-1] <= _WIDEST
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight for x [..., h], weight [h] of one dtype; fp32 arithmetic, rounded once."""
+    if not _fits(x, weight):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def rms_norm_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """`rms_norm` without gradients, written to contiguous memory of as many elements."""
+    if not _fits(x, weight):
+        out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps).view(out.shape))
+        return
+    from . import triton_kernels as kernels
+
+    kernels.rms_norm(x, weight, eps, out)
