@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["Slot", "SymmetricMemory"]
+__all__ = ["ENOUGH_SLOTS", "GRAIN", "Slot", "SymmetricMemory"]
 
-_ENOUGH_SLOTS = 3  # with these a backward pass never waits for a barrier of its own to reuse one
-_GRAIN = 2 << 20  # bytes; allocations of this memory come in such pages anyway
+ENOUGH_SLOTS = 3  # with these a backward pass never waits for a barrier of its own to reuse one
+GRAIN = 2 << 20  # bytes; allocations of this memory come in such pages anyway
 
 
 class Slot:
@@ -62,7 +62,7 @@ class SymmetricMemory:
         """A slot of at least `nbytes` that no peer is reading any more. Collective when it must be allocated."""
         fitting = [slot for slot in self._slots if not slot.in_use and slot.memory.nbytes >= nbytes]
         slot = next((slot for slot in fitting if slot.unread is not None), None)
-        if slot is None and fitting and len(self._slots) >= _ENOUGH_SLOTS:
+        if slot is None and fitting and len(self._slots) >= ENOUGH_SLOTS:
             self.barrier()
             slot = fitting[0]
         if slot is None:
@@ -99,7 +99,7 @@ class SymmetricMemory:
         torch.distributed.barrier(group=self._group)
         self._slots = [s for s in self._slots if s.in_use or s.memory.nbytes >= nbytes]
         device = torch.device("cuda", torch.cuda.current_device())
-        memory = symm_mem.empty((-(-nbytes // _GRAIN) * _GRAIN,), dtype=torch.uint8, device=device)
+        memory = symm_mem.empty((-(-nbytes // GRAIN) * GRAIN,), dtype=torch.uint8, device=device)
         slot = Slot(memory, symm_mem.rendezvous(memory, self._group))
         self._slots.append(slot)
         return slot

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .dispatch import runs_triton
+from .dispatch import fused_kernels, runs_fused
 
 __all__ = ["rms_norm", "rms_norm_into"]
 
@@ -25,26 +25,22 @@ class _RMSNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        from . import triton_kernels as kernels
-
         out = torch.empty_like(x)
-        root = kernels.rms_norm(x, weight, eps, out)
+        root = fused_kernels().rms_norm(x, weight, eps, out)
         ctx.save_for_backward(x, weight, root)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        from . import triton_kernels as kernels
-
         x, weight, root = ctx.saved_tensors
-        dx, dweight = kernels.rms_norm_backward(dy.contiguous(), x, weight, root, ctx.needs_input_grad[1])
+        dx, dweight = fused_kernels().rms_norm_backward(dy.contiguous(), x, weight, root, ctx.needs_input_grad[1])
         return dx, dweight, None
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     alike = x.dtype == weight.dtype and x.dtype in _DTYPES
-    return runs_triton(x) and alike and x.is_contiguous() and weight.is_contiguous() and x.shape[-1] <= _WIDEST
+    return runs_fused(x) and alike and x.is_contiguous() and weight.is_contiguous() and x.shape[-1] <= _WIDEST
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -59,6 +55,4 @@ def rms_norm_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     if not _fits(x, weight):
         out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps).view(out.shape))
         return
-    from . import triton_kernels as kernels
-
-    kernels.rms_norm(x, weight, eps, out)
+    fused_kernels().rms_norm(x, weight, eps, out)

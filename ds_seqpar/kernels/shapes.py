@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rotate", "scaled"]
+__all__ = [
+    "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotate",
+    "scaled",
+]  # fmt: skip
 
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
@@ -19,6 +22,19 @@ def gated_backward(dproduct: Tensor, gate: Tensor, up: Tensor, act: str) -> tupl
     # Views, where Triton's are tensors of their own: fake tensors never let go of a storage that was set.
     dgate, dup = gate.new_empty((gate.shape[0], 2 * gate.shape[1])).chunk(2, dim=1)
     return dgate.copy_(gate), dup.copy_(up), dproduct.mul_(1.0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """See triton_kernels.rms_norm."""
+    out.copy_(x.view(out.shape))
+    return x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See triton_kernels.rms_norm_backward."""
+    return torch.add(dy, x), torch.empty_like(weight) if wants_dweight else None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:

@@ -49,7 +49,7 @@ class _ColumnParallel(Function):
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:n], parameters[n:]
         # Its function alone: the node lives until the loss does, and what it is made of would live as long.
-        ctx.region, ctx.n, ctx.remake = region, n, None if remake is None else remake.function
+        ctx.region, ctx.n, ctx.remake = region, n, None if remake is None else remake.into
         wants_dw = any(ctx.needs_input_grad[5 : 5 + n])
         kept = [] if not wants_dw else [x] if remake is None else remake.made_of
         ctx.save_for_backward(*weights, *kept)
@@ -87,10 +87,10 @@ class _ColumnParallel(Function):
         x = None if not kept else kept[0].reshape(region.rows, -1)
         gathering = None
         if x is not None and ctx.remake is not None and region.cut:
-            gathering = region.transport.gather_made(x, lambda memory: ctx.remake.write(memory, *kept), region.tokens)
+            gathering = region.transport.gather_made(x, lambda memory: ctx.remake(memory, *kept), region.tokens)
         elif x is not None and ctx.remake is not None:
             x = torch.empty_like(x)
-            ctx.remake.write(x, *kept)
+            ctx.remake(x, *kept)
         elif x is not None and region.cut:
             gathering = region.transport.gather(x, region.tokens)
         dx = scattering = None

@@ -19,14 +19,13 @@ __all__ = ["CutRMSNorm", "FusedRMSNorm", "Remake", "remake_of", "rms_norm_epsilo
 
 @dataclass(frozen=True)
 class Remake:
-    """How a cheap tensor is computed again in backward, so that what it is `made_of` is kept and it is not."""
+    """How a cheap tensor is computed again in backward, so that what it is `made_of` is kept and it is not.
 
-    into: Callable[..., None]  # (memory, *made_of)
+    `into(memory, *made_of)` writes it to contiguous memory of as many elements.
+    """
+
+    into: Callable[..., None]
     made_of: tuple[Tensor, ...]  # the first is of the tensor's own shape and dtype
-
-    def write(self, memory: Tensor, *kept: Tensor) -> None:
-        """Writes the tensor, from what was kept of `made_of`, to contiguous memory of as many elements."""
-        self.into(memory, *kept)
 
 
 def remake_of(x: Tensor) -> Remake | None:

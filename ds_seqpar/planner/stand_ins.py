@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from ..comm.exchange import Gathering, Scattering
+from ..comm.symmetric import ENOUGH_SLOTS, GRAIN
 from ..comm.tokens import rows_per_rank
 from ..errors import PlanError
 from ..groups import ParallelGroups
@@ -190,6 +192,15 @@ def as_on_gpu(tracker: Tracker) -> Iterator[None]:
         yield
 
 
+@dataclass(eq=False)
+class _Slot:
+    """As symmetric.Slot, of which only the size is there."""
+
+    nbytes: int
+    in_use: bool = True
+    unread: bool = False
+
+
 class ModelledExchange:
     """In place of Exchange: the copy engines' memory, by the rule of comm/symmetric.py, and every byte that travels.
 
@@ -198,36 +209,44 @@ class ModelledExchange:
 
     def __init__(self, group: ProcessGroup, tracker: Tracker) -> None:
         self.size, self.tracker = dist.get_world_size(group), tracker
-        self._slots: list[list[Any]] = []  # [bytes, barriers at its return or None]
-        self._barriers = 0
+        self._slots: list[_Slot] = []  # the one given back longest ago comes first
 
     @property
     def symmetric_bytes(self) -> int:
         """Bytes of peer memory held."""
-        return sum(slot[0] for slot in self._slots)
+        return sum(slot.nbytes for slot in self._slots)
 
-    def take(self, nbytes: int) -> list[Any]:
+    def take(self, nbytes: int) -> _Slot:
         """As SymmetricMemory.take."""
-        fitting = [s for s in self._slots if s[1] is not None and s[0] >= nbytes]
-        for slot in fitting:
-            if slot[1] < self._barriers:
-                slot[1] = None
-                return slot
-        if fitting and len(self._slots) >= 3:
-            self._barriers += 1
-            fitting[0][1] = None
-            return fitting[0]
-        self._slots = [s for s in self._slots if s[1] is None or s[0] >= nbytes]
-        self._slots.append([-(-nbytes // (2 << 20)) * (2 << 20), None])
-        return self._slots[-1]
+        fitting = [slot for slot in self._slots if not slot.in_use and slot.nbytes >= nbytes]
+        slot = next((slot for slot in fitting if slot.unread), None)
+        if slot is None and fitting and len(self._slots) >= ENOUGH_SLOTS:
+            self.barrier()
+            slot = fitting[0]
+        if slot is None:
+            self._slots = [slot for slot in self._slots if slot.in_use or slot.nbytes >= nbytes]
+            slot = _Slot(-(-nbytes // GRAIN) * GRAIN)
+            self._slots.append(slot)
+        slot.in_use, slot.unread = True, False
+        return slot
 
-    def give_back(self, slot: list[Any]) -> None:
+    def give_back(self, slot: _Slot) -> None:
         """As SymmetricMemory.give_back."""
-        slot[1] = self._barriers
+        slot.in_use = False
+        self._slots.remove(slot)
+        self._slots.append(slot)
 
     def barrier(self) -> None:
         """As SymmetricMemory.barrier."""
-        self._barriers += 1
+        for slot in self._slots:
+            slot.unread = slot.unread or not slot.in_use
+
+    def gather_made(self, like: Tensor, make: Callable[[Tensor], None], tokens: int) -> Gathering:
+        """As Exchange.gather_made."""
+        with self.tracker.unseen():
+            memory = torch.empty_like(like, memory_format=torch.contiguous_format)
+        make(memory)
+        return _Gathering(self, memory, tokens)
 
     def gather(self, shard: Tensor, tokens: int) -> Gathering:
         """As Exchange.gather."""
