@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
@@ -48,10 +47,9 @@ from torch.distributed import ProcessGroup
 
 from .adapters import merge_gathered, parameter_adapters
 from .checkpoint.gathering import gather_parameter, part_of
-from .checkpoint.rendezvous import meet
 from .checkpoint.resume import load_checkpoint, save_checkpoint
 from .checkpoint.universal import affine_map, affine_maps
-from .checkpoint.writing import write_together, write_wrapper_together
+from .checkpoint.whole_model import export as write_whole
 from .checks.failures import explained
 from .checks.reference import Skeleton
 from .checks.replicas import Piece, ReplicaCheck
@@ -67,10 +65,10 @@ from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
 from .layers.region import ShardingState
 from .plan.report import ParameterEntry, Report
-from .plan.wrappers import saved_names
+from .translation import section, translated
 
 __all__ = [
-    "data_parallel_group", "export", "gathered", "groups_of", "initialize", "patch", "saved_buffers", "shard", "whole_parameter",
+    "data_parallel_group", "export", "groups_of", "initialize", "patch", "shard", "whole_parameter",
 ]  # fmt: skip
 
 _plain_initialize = deepspeed.initialize
@@ -118,7 +116,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
 
 def _refuse_partitioned(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
     adapted = parameter_adapters(model)
-    if adapted is not None and _section(ds_config, "zero_optimization").get("stage") == 3:
+    if adapted is not None and section(ds_config, "zero_optimization").get("stage") == 3:
         raise PlanError(
             f"{adapted} has adapters of single parameters (target_parameters), which are changed while ZeRO-3 holds them in "
             'parts; use "zero_optimization": {"stage": 2} or lower'
@@ -267,76 +265,7 @@ def _without_config(args: Any) -> Any:
 
 
 def _translated(ds_config: dict[str, Any], config: SeqParConfig, trains: bool = True) -> dict[str, Any]:
-    """The config that DeepSpeed gets: its own tensor-parallel switch on, batch sizes over the data-parallel ranks."""
-    world, t = comm.get_world_size(), config.tp_size
-    if world % t:
-        raise ConfigError(
-            f'"{KEY}.tp_size": {t} does not divide the {world} ranks of this run; use a divisor of {world}'
-        )
-    theirs = _section(ds_config, "tensor_parallel")
-    autotp = theirs.get("autotp_size", 0)
-    if autotp not in (0, 1, t):
-        raise ConfigError(
-            f'"tensor_parallel.autotp_size": {autotp} and "{KEY}.tp_size": {t} contradict each other; remove autotp_size'
-        )
-    if ds_config.get("sequence_parallel_size", 1) not in (1, None):
-        raise ConfigError(
-            f'"sequence_parallel_size": {ds_config["sequence_parallel_size"]} (Ulysses) cannot be combined with "{KEY}"; remove one'
-        )
-    if trains:
-        _refuse_wrong_norm(ds_config, t)
-    result = copy.deepcopy(ds_config)
-    if t > 1:
-        result["tensor_parallel"] = {**theirs, "autotp_size": t}
-    result.update(_batch_sizes(ds_config, world // t))
-    result.pop("train_batch_size", None)  # DeepSpeed would divide it by the world, not by the data-parallel size
-    return result
-
-
-def _section(ds_config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = ds_config.get(name)
-    if section is not None and not isinstance(section, dict):
-        raise ConfigError(f'"{name}" must be an object, not {section!r}')
-    return section or {}
-
-
-def _refuse_wrong_norm(ds_config: Mapping[str, Any], tp_size: int) -> None:
-    """DeepSpeed's ZeRO-0 half-precision optimizer leaves the shards of every rank but the first out of the clipping norm."""
-    half = [name for name in ("bf16", "bfloat16", "fp16") if _section(ds_config, name).get("enabled")]
-    stage = _section(ds_config, "zero_optimization").get("stage", 0)
-    clipping = ds_config.get("gradient_clipping", GRADIENT_CLIPPING_DEFAULT)
-    if tp_size > 1 and half and stage == 0 and clipping:
-        raise ConfigError(
-            f'"gradient_clipping": {clipping} (DeepSpeed\'s default is {GRADIENT_CLIPPING_DEFAULT}) with "{half[0]}" at ZeRO stage 0 '
-            "would clip by a norm that DeepSpeed computes over part of the gradients; set "
-            '"zero_optimization": {"stage": 1}, or "gradient_clipping": 0'
-        )
-
-
-def _batch_sizes(ds_config: Mapping[str, Any], dp_size: int) -> dict[str, int]:
-    """DeepSpeed's batch arithmetic with the data-parallel size: train = micro x accumulation x dp."""
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    values = [ds_config.get(name) for name in names]
-    for name, value in zip(names, values, strict=True):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ConfigError(f'"{name}" must be an integer >= 1, not {value!r}')
-    train, micro, accumulation = values
-    if train is None:
-        if micro is None:
-            raise ConfigError('the DeepSpeed config needs "train_micro_batch_size_per_gpu" or "train_batch_size"')
-        return {names[1]: micro, names[2]: accumulation or 1}
-    if micro is None and accumulation is None:
-        micro, accumulation = train // dp_size, 1
-    elif micro is None:
-        micro = train // (dp_size * accumulation)  # type: ignore[operator]
-    elif accumulation is None:
-        accumulation = train // (dp_size * micro)
-    if micro * accumulation * dp_size != train:
-        raise ConfigError(
-            f'"train_batch_size": {train} is not micro batch {micro} x accumulation {accumulation} x data-parallel size {dp_size} '
-            "(ranks / tp_size); correct it or leave it out"
-        )
-    return {names[1]: micro, names[2]: accumulation}
+    return translated(ds_config, config, comm.get_world_size(), GRADIENT_CLIPPING_DEFAULT, trains=trains)
 
 
 def groups_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> ParallelGroups | None:
@@ -553,15 +482,6 @@ def _refuse_on_wrapper(wrapper: nn.Module) -> None:
     wrapper.add_adapter = wrapper.load_adapter = later  # type: ignore[assignment]
 
 
-def gathered(engine_or_model: Any) -> tuple[nn.Module, Report]:
-    """(model, report) of an engine or a sharded model, the model in its wrapper. Raises PlanError for anything else."""
-    model = getattr(engine_or_model, "module", engine_or_model)
-    report = report_of(model) if isinstance(model, nn.Module) else None
-    if report is None:
-        raise PlanError(f"{type(engine_or_model).__name__} holds no model that ds_seqpar sharded")
-    return model, report
-
-
 def whole_parameter(parameter: nn.Parameter, entry: ParameterEntry, groups: ParallelGroups) -> Tensor:
     """A parameter as the checkpoint has it, on this rank's device; gathers ZeRO-3's parts and the cut. Collective."""
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -576,45 +496,8 @@ def _write_local(parameter: nn.Parameter, local: Tensor) -> None:
         parameter.data.copy_(local)
 
 
-def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint holds, by name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
-
-
 def export(
-    engine_or_model: Any, folder: Path, what: str, weights_name: str, max_shard_size: int | str, *, tokenizer: Any = None,
-    without_frozen: bool = False,
-) -> None:  # fmt: skip
-    """Writes an ordinary Hugging Face checkpoint from all ranks; `what` is the call that a user made.
-
-    A wrapper (of adapters) writes its own part, in its own way.
-    """
-    model, _ = gathered(engine_or_model)
-    inner = require_model(model)
-    state: ShardingState = inner.seqpar
-    meet(what, state.groups.world_cpu_group)
-    buffers, parameters = saved_buffers(model), dict(model.named_parameters(remove_duplicate=False))
-    entries = {name: state.entries[id(p)] for name, p in parameters.items()}
-    whole = {
-        name: torch.empty(entries[name].shape, dtype=p.dtype, device="meta")
-        for name, p in parameters.items()
-        if p.requires_grad or not without_frozen
-    }
-    whole |= {name: buffer.to("meta") for name, buffer in buffers.items()}
-
-    def fetch(name: str) -> Tensor:
-        if name in buffers:
-            return buffers[name]
-        return whole_parameter(parameters[name], entries[name], state.groups)
-
-    if model is not inner:
-        whole = {name: whole[name] for name in saved_names(model, whole)}
-        write_wrapper_together(
-            model, folder.resolve(), whole, fetch, state.groups.world_cpu_group, weights_name=weights_name, tokenizer=tokenizer
-        )  # fmt: skip
-        return
-    write_together(
-        inner, folder.resolve(), whole, fetch, state.groups.world_cpu_group, max_shard_size=max_shard_size,
-        weights_name=weights_name, tokenizer=tokenizer,
-    )  # fmt: skip
+    engine_or_model: Any, folder: Path, what: str, weights_name: str, max_shard_size: int | str, **options: Any
+) -> None:
+    """`checkpoint.whole_model.export`, with parameters that ZeRO-3 may hold in parts."""
+    write_whole(engine_or_model, folder, what, weights_name, max_shard_size, gather=whole_parameter, **options)

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..engine import export, gathered, saved_buffers, whole_parameter
+from ..engine import export, whole_parameter
 from ..hf import require_model
 from ..layers.region import ShardingState
 from ..plan.wrappers import saved_names
 from .rendezvous import meet
+from .whole_model import gathered, saved_buffers
 from .writing import PICKLED_WEIGHTS, SAFE_WEIGHTS
 
 __all__ = ["full_state_dict", "save_pretrained", "saved_state_dict"]
