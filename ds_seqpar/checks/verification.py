@@ -164,21 +164,22 @@ def verify(model: nn.Module, inner: Any, skeleton: Skeleton, batch: Mapping[str,
         inner: the Hugging Face model in it, which holds the Report.
     """
     state: ShardingState = inner.seqpar
-    with _without_rounding_routers(model, skeleton) as remark:
+    with _without_leaps(model, skeleton) as remark:
         found = _verify(model, inner, state, skeleton, batch)
     found.remarks += [remark] if remark else []
     return found
 
 
 @contextmanager
-def _without_rounding_routers(model: nn.Module, skeleton: Skeleton) -> Iterator[str]:
-    """In half precision a router's choice hangs on rounding, and another expert is another result: float32 for the time being.
+def _without_leaps(model: nn.Module, skeleton: Skeleton) -> Iterator[str]:
+    """In half precision a router's choice, and the side of a ReLU's kink, hang on rounding, and the other is another result:
+    float32 for the time being.
 
     The way there and back changes no value. Gives a line for the table, "" where nothing had to be done.
     """
     dtypes = {x: x.dtype for x in (*model.parameters(), *model.buffers()) if x.dtype in (torch.bfloat16, torch.float16)}
-    routes = any(isinstance(module, Router | ExpertsBlock) for module in model.modules())
-    if not (dtypes and routes):
+    leaps = any(isinstance(module, Router | ExpertsBlock | nn.ReLU) for module in model.modules())
+    if not (dtypes and leaps):
         yield ""
         return
     was = next(iter(dtypes.values()))
@@ -186,7 +187,8 @@ def _without_rounding_routers(model: nn.Module, skeleton: Skeleton) -> Iterator[
         x.data = x.data.float()
     skeleton.model.float()
     try:
-        yield f"compared in float32: in {str(was).removeprefix('torch.')} the choice of experts would hang on rounding"
+        name = str(was).removeprefix("torch.")
+        yield f"compared in float32: in {name} a choice of experts, or the side of a ReLU's kink, would hang on rounding"
     finally:
         for x, dtype in dtypes.items():
             x.data = x.data.to(dtype)

@@ -50,6 +50,7 @@ CASES: list[tuple[str, dict[str, Any], torch.dtype]] = [
     ("gpt_neox", {"recompute": "selective"}, torch.bfloat16),
     ("olmo2", {}, torch.float32),  # cut norms
     ("phi3", {}, torch.float64),
+    ("opt", {}, torch.bfloat16),  # ReLU
     ("mixtral", {}, torch.bfloat16),  # the auxiliary loss reaches into the layers; experts are chosen in float32
 ]
 
