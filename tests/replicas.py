@@ -18,11 +18,13 @@ KEY = {"tp_size": 2, "replica_check_interval": 2}
 ONE_KV = dict(num_key_value_heads=1, num_attention_heads=6)
 
 
-def train_with_checks(stage: int, harm: Callable[[Any], None] | None, steps: int = 5, **ds: Any) -> str:
+def train_with_checks(
+    stage: int, harm: Callable[[Any], None] | None, steps: int = 5, lr: float = 1e-3, **ds: Any
+) -> str:
     """Trains with a check every other step; `harm(engine)` on rank 1 after the third. What the check said, or "trained"."""
     torch.manual_seed(0)
     model = tiny("qwen2", **ONE_KV).train()
-    engine = engine_for(model, torch.optim.AdamW(model.parameters(), lr=1e-3), KEY, stage, 1, 2, **ds)
+    engine = engine_for(model, torch.optim.AdamW(model.parameters(), lr=lr), KEY, stage, 1, 2, **ds)
     try:
         for i, batch in enumerate(batches(2 * steps, 1)):
             engine.backward(engine(**batch).loss)
