@@ -17,11 +17,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from .errors import PlanError
+from .errors import CheckpointError, PlanError
 from .layers.adapters import AdapterDown, TakesHandles, VocabParallelLookup
 from .layers.blocks import InnerModule, PartialSumLinear
 from .layers.boundaries import HidesHandles, become
@@ -34,7 +34,7 @@ from .plan.report import Entry, ParameterEntry
 from .plan.styles import Style
 from .plan.wrappers import AdapterLayer, adapters_around
 
-__all__ = ["check_adapters", "merge_gathered", "parameter_adapters", "shard_adapters"]
+__all__ = ["check_adapters", "merge_gathered", "refuse_on_wrapper", "refuse_partitioned", "shard_adapters"]
 
 WHOLE = (Style.LATENT, Style.PARTIAL)
 BESIDE_LINEARS = (Style.COLUMN, Style.PACKED_COLUMN, Style.ROW, Style.ROUTER, *WHOLE)
@@ -66,10 +66,36 @@ def check_adapters(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
                 )
 
 
-def parameter_adapters(model: nn.Module) -> str | None:
-    """The name of a module whose parameters an adapter changes in place; None if there is none."""
+def refuse_partitioned(model: nn.Module, zero_stage: object) -> None:
+    """Raises PlanError for adapters that change single parameters in place, where ZeRO-3 would hold those in parts."""
+    if zero_stage != 3:
+        return
     named: dict[str, nn.Module] = dict(model.named_modules())
-    return next((n for n, m in named.items() if any(layer.parameter for _, layer in adapters_around(m))), None)
+    adapted = next((n for n, m in named.items() if any(layer.parameter for _, layer in adapters_around(m))), None)
+    if adapted is not None:
+        raise PlanError(
+            f"{adapted} has adapters of single parameters (target_parameters), which are changed while ZeRO-3 holds them in "
+            'parts; use "zero_optimization": {"stage": 2} or lower'
+        )
+
+
+def refuse_on_wrapper(wrapper: nn.Module) -> None:
+    """What a wrapper would do with this rank's part as if it were the whole."""
+    plain_save = wrapper.save_pretrained
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("state_dict") is None:
+            raise CheckpointError(
+                "model.save_pretrained would write this rank's shards; call ds_seqpar.save_pretrained(engine, folder) on all "
+                "ranks, or pass state_dict=ds_seqpar.full_state_dict(engine)"
+            )
+        return plain_save(*args, **kwargs)  # type: ignore[operator]
+
+    def later(*args: Any, **kwargs: Any) -> NoReturn:
+        raise PlanError("adapters must be added or loaded before the model is sharded: before deepspeed.initialize")
+
+    wrapper.save_pretrained = save_pretrained  # type: ignore[assignment]
+    wrapper.add_adapter = wrapper.load_adapter = later  # type: ignore[assignment]
 
 
 def merge_gathered(model: nn.Module, gathered: Callable[..., AbstractContextManager[Any]]) -> None:

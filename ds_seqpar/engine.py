@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -45,7 +45,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .adapters import merge_gathered, parameter_adapters
+from .adapters import merge_gathered, refuse_on_wrapper, refuse_partitioned
 from .checkpoint.gathering import gather_parameter, part_of
 from .checkpoint.resume import load_checkpoint, save_checkpoint
 from .checkpoint.universal import affine_map, affine_maps
@@ -55,7 +55,7 @@ from .checks.reference import Skeleton
 from .checks.replicas import Piece, ReplicaCheck
 from .checks.verification import Verification, batch_for, verify
 from .config import KEY, Recompute, SeqParConfig
-from .errors import CheckpointError, ConfigError, PlanError
+from .errors import ConfigError, PlanError
 from .groups import ParallelGroups, limit_waiting
 from .hf import causal_lm_loss, describe, enable_full_recompute, leave_hub_kernels, require_model, uses_sdpa
 from .inject import PartlyLoaded, inject, report_of, see_through
@@ -106,21 +106,12 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     trains = given.get("optimizer") is not None or "optimizer" in ds_config
     translated = _translated(ds_config, config, trains)
     require_model(given.get("model"))
-    _refuse_partitioned(given["model"], ds_config)
+    refuse_partitioned(given["model"], section(ds_config, "zero_optimization").get("stage", 0))
     report = shard(given["model"], config)
     given.update(config=translated, config_params=None, args=_without_config(given.get("args")))
     results = _plain_initialize(**given)
     _finish(results[0], report, config, ds_config)
     return results  # type: ignore[no-any-return]
-
-
-def _refuse_partitioned(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
-    adapted = parameter_adapters(model)
-    if adapted is not None and section(ds_config, "zero_optimization").get("stage") == 3:
-        raise PlanError(
-            f"{adapted} has adapters of single parameters (target_parameters), which are changed while ZeRO-3 holds them in "
-            'parts; use "zero_optimization": {"stage": 2} or lower'
-        )
 
 
 def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
@@ -168,7 +159,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     if model is not hf_model:
         see_through(model)
         merge_gathered(model, deepspeed.zero.GatheredParameters)
-        _refuse_on_wrapper(model)
+        refuse_on_wrapper(model)
     if comm.get_rank() == 0:
         _logger().info("%s", report)
     if skeleton is not None:
@@ -461,25 +452,6 @@ def _save_16bit_model(
         without_frozen=exclude_frozen_parameters,
     )
     return True
-
-
-def _refuse_on_wrapper(wrapper: nn.Module) -> None:
-    """What a wrapper would do with this rank's part as if it were the whole."""
-    plain_save = wrapper.save_pretrained
-
-    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("state_dict") is None:
-            raise CheckpointError(
-                "model.save_pretrained would write this rank's shards; call ds_seqpar.save_pretrained(engine, folder) on all "
-                "ranks, or pass state_dict=ds_seqpar.full_state_dict(engine)"
-            )
-        return plain_save(*args, **kwargs)  # type: ignore[operator]
-
-    def later(*args: Any, **kwargs: Any) -> NoReturn:
-        raise PlanError("adapters must be added or loaded before the model is sharded: before deepspeed.initialize")
-
-    wrapper.save_pretrained = save_pretrained  # type: ignore[assignment]
-    wrapper.add_adapter = wrapper.load_adapter = later  # type: ignore[assignment]
 
 
 def whole_parameter(parameter: nn.Parameter, entry: ParameterEntry, groups: ParallelGroups) -> Tensor:

@@ -136,6 +136,20 @@ def test_generation_batches_are_sized_over_the_data_parallel_ranks(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+def test_a_trl_trainer_evaluates_as_two_plain_ranks(model: str, tmp_path: Path, name: str) -> None:
+    """An odd number of rows over two shares; GRPO generates and rewards them."""
+    job = {"model": model, "evaluate": True, **JOBS[name]}
+    more = dict(eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2)
+    job["arguments"] = {**job["arguments"], **more, "max_steps": 2}
+    plain = _run(2, job, tmp_path / "plain", deepspeed_json(tp_size=None))
+    assert any("eval_loss" in entry for entry in plain[0]["log"])
+    for rank, ours in enumerate(_run(4, job, tmp_path / "mine", deepspeed_json())):
+        assert_same_log(ours["log"], plain[rank // 2]["log"], without=("total_flos",), absolute=5e-6)
+        _same_texts(ours["texts"], plain[rank // 2]["texts"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_a_trl_trainer_on_four_ranks_with_zero_3_is_the_one_process_run(model: str, tmp_path: Path, name: str) -> None:
     job = {"model": model, **JOBS[name]}

@@ -84,6 +84,8 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
         more["ref_model"] = AutoModelForCausalLM.from_pretrained(job["model"])
     if job["trainer"] in ("grpo", "rloo"):
         more["reward_funcs"] = reward
+    if job.get("evaluate"):
+        more["eval_dataset"] = rows(job["data"], 5)
     trainer = trainer_class(
         model=model, args=arguments, train_dataset=rows(job["data"], job.get("rows", 8)), processing_class=tokenizer(), **more
     )  # fmt: skip
