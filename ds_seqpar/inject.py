@@ -11,15 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from .adapters import check_adapters, shard_adapters
+from .adapters import shard_adapters
 from .checkpoint.gathering import part_of
 from .comm.exchange import Exchange
 from .config import Overlap, Recompute, SeqParConfig
-from .errors import PlanError
 from .families import TESTED, family
 from .groups import ParallelGroups
 from .kernels.gating import known_activation
@@ -65,7 +62,16 @@ from .plan.patterns import matches
 from .plan.report import Entry, ParameterEntry, Report
 from .plan.resolve import resolve
 from .plan.styles import BlockKind, Style
-from .plan.wrappers import inner_model_path, places, runs_copies, unwrapped
+from .plan.wrappers import inner_model_path, places, runs_copies
+from .preconditions import (
+    check_modules,
+    holds,
+    module_at,
+    refuse_different_weights,
+    refuse_unfit,
+    require_parts,
+    width_of,
+)
 
 __all__ = ["PartlyLoaded", "inject", "planned_cuts", "report_of", "see_through"]
 
@@ -112,13 +118,13 @@ def inject(
         PlanError: the model cannot be sharded exactly; nothing of it was touched.
     """
     if has_values:
-        _refuse_unfit(model)
+        refuse_unfit(model)
     plan = resolve(facts, family(facts.data_file), groups.tp_size, config.plan)
-    _check_modules(model, facts, plan)
+    check_modules(model, facts, plan)
     if already_cut:
-        _require_parts(model, planned_cuts(facts, groups.tp_size), groups.tp_rank)
+        require_parts(model, planned_cuts(facts, groups.tp_size), groups.tp_rank)
     if has_values:
-        _refuse_different_weights(model, groups, set(planned_cuts(facts, groups.tp_size)) if already_cut else set())
+        refuse_different_weights(model, groups, set(planned_cuts(facts, groups.tp_size)) if already_cut else set())
     report = Report(facts.model_type, groups.tp_size, groups.tp_rank, config.sequence_parallel)
     state = ShardingState(
         groups=groups,
@@ -158,158 +164,6 @@ def report_of(model: nn.Module) -> Report | None:
     path = inner_model_path(model)
     report = vars(model if path is None else model.get_submodule(path)).get("seqpar_report")
     return report if isinstance(report, Report) else None
-
-
-def _refuse_unfit(model: nn.Module) -> None:
-    if report_of(model) is not None:
-        raise PlanError("this model is already sharded by ds_seqpar; build a fresh one from its checkpoint")
-    if getattr(model, "ds_autotp_parsed", False) or getattr(model, "_tp_size", None):
-        raise PlanError(
-            "this model is already tensor-parallel (DeepSpeed AutoTP or transformers' tp_plan); load it without"
-        )
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            raise PlanError(
-                f"{name} was partitioned by zero.Init while the model was built; build the model outside it (for Hugging Face: "
-                "before TrainingArguments, or after transformers.integrations.deepspeed.unset_hf_deepspeed_config())"
-            )
-        if parameter.is_meta:
-            raise PlanError(f"{name} is on the meta device; load the weights first")
-        if type(parameter.data) is not Tensor:
-            raise PlanError(f"{name} is a {type(parameter.data).__name__}; only plain tensors can be sharded")
-        if parameter.grad is not None:
-            raise PlanError(
-                f"{name} already has a gradient; shard the model before its first backward, or zero_grad() it"
-            )
-
-
-def _require_parts(model: nn.Module, cuts: dict[str, Cut], rank: int) -> None:
-    for name, cut in cuts.items():
-        shape = model.get_parameter(name).shape
-        if shape[cut.dim] != cut.local_size(rank):
-            raise PlanError(f"{name} was changed after it was loaded in part: its shape is {list(shape)}")
-
-
-def _refuse_different_weights(model: nn.Module, groups: ParallelGroups, parts: set[str]) -> None:
-    """Ranks that built the model from different seeds would train replicas that never agree. Collective over the group."""
-    sums = {name: _checksum(p) for name, p in model.named_parameters() if name not in parts}
-    mine = torch.tensor(list(sums.values()), dtype=torch.int64)
-    everyone = [torch.empty_like(mine) for _ in range(groups.tp_size)]
-    dist.all_gather(everyone, mine, group=groups.tp_cpu_group)
-    differs = torch.stack(everyone).ne(everyone[0]).any(0)
-    if differs.any():
-        name = list(sums)[int(differs.nonzero()[0])]
-        raise PlanError(
-            f"{name} differs between the ranks of one tensor-parallel group; every rank must build the same whole model: load it "
-            "from one checkpoint, or seed all ranks alike before building it"
-        )
-
-
-def _checksum(parameter: Tensor) -> int:
-    flat = parameter.detach().reshape(-1)
-    if not flat.is_floating_point():
-        return int(flat.sum())
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    return int(flat.view(bits).sum(dtype=torch.int64))
-
-
-def _check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
-    """What needs the modules themselves to be checked, and must be before any is touched. Decides the undecided blocks."""
-    proven = set(plan.asserted)
-    for block in plan.blocks.values():
-        if block.kind is BlockKind.UNDECIDED:
-            module = model.get_submodule(block.name)
-            if _may_run_on_shards(module, facts.hidden_size):
-                names = [n for n in facts.modules if n == block.name or n.startswith(f"{block.name}.")]
-                plan.tokenwise.extend(names)
-                proven.update(names)
-            else:
-                block.kind = BlockKind.WHOLE
-                plan.remarks.append(
-                    f"{block.name} ({type(module).__name__}) is repeated whole by every rank: no plan says how to cut it"
-                )
-    plan.blocks = {name: block for name, block in plan.blocks.items() if block.kind is not BlockKind.UNDECIDED}
-    for name in plan.tokenwise:
-        module = _at(model, name)
-        if (
-            name not in proven
-            and name not in plan.layers
-            and not is_tokenwise(module, _width(module, facts.hidden_size))
-        ):
-            raise PlanError(
-                f"{name} ({facts.modules[name].type_name}) owns parameters and mixes tokens, or takes more than hidden states, so "
-                f"it cannot run on a shard of the tokens; {facts.model_type} needs a data file that says what becomes of it"
-            )
-    for name, about in facts.modules.items():
-        around = name.rpartition(".")[0]
-        if around in plan.modules and facts.modules[around].role == "linear":
-            raise PlanError(
-                f"{name} ({about.type_name}) owns parameters {list(about.shapes)} inside {around}, which is cut; take it out, or "
-                "use an adapter that is known (docs/integrations.md)"
-            )
-    _refuse_replaced_forwards(model, plan)
-    check_adapters(model, facts, plan)
-    for name, planned in list(plan.modules.items()):
-        if planned.style is Style.CUT_NORM and rms_norm_epsilon(model.get_submodule(name)) is None:
-            around = next(b for b in plan.blocks if _holds(b, name))
-            why = f"{name} ({facts.modules[name].type_name}) is a norm over all heads but no plain RMS norm"
-            plan.repeat_whole(around, [m for m in facts.modules if _holds(around, m)], why)
-            plan.remarks.append(f"{around} is repeated whole by every rank: {why}")
-    embedding = _at(model, facts.embedding) if facts.embedding is not None else None
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(embedding, option, None):
-            raise PlanError(
-                f"{facts.embedding}: nn.Embedding({option}={getattr(embedding, option)}) cannot be cut by vocabulary"
-            )
-    for pattern, attributes in family(facts.data_file).attributes.items():
-        for name in plan.blocks:
-            if matches(facts.full_name(pattern), name):
-                for path in attributes:
-                    _owner(model.get_submodule(name), path)  # raises if it was renamed
-
-
-def _refuse_replaced_forwards(model: nn.Module, plan: ModelPlan) -> None:
-    """What becomes a parallel linear or embedding computes something else than before: a forward on the object would hide it."""
-    swapped = (Style.COLUMN, Style.PACKED_COLUMN, Style.ROW, Style.HEAD, Style.EMBEDDING)
-    for name, planned in plan.modules.items():
-        own = vars(_at(model, name)).get("forward") if planned.style in swapped else None
-        if own is not None:
-            raise PlanError(
-                f"the forward of {name} was replaced on the object by {getattr(own, '__module__', 'somebody')}, and what that does "
-                "is not known; leave it to the model's own"
-            )
-
-
-def _at(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name in the unwrapped model."""
-    module: nn.Module = unwrapped(model.get_submodule(name))
-    return module
-
-
-def _width(module: nn.Module, hidden_size: int) -> int:
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    weight = getattr(module, "weight", None)
-    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 1 else hidden_size
-
-
-def _may_run_on_shards(module: nn.Module, hidden_size: int) -> bool:
-    """Token-wise by measurement, and holding nothing that routes: recorded router logits must be of all tokens."""
-    if any(p.dim() > 2 for p in module.parameters()):
-        return False
-    return is_tokenwise(module, _width(module, hidden_size))
-
-
-def _owner(block: nn.Module, path: str) -> tuple[Any, str]:
-    owner: Any = block
-    *parents, attribute = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    if not hasattr(owner, attribute):
-        raise PlanError(
-            f"{type(block).__name__} has no attribute {path!r} any more; this transformers version needs a new data file"
-        )
-    return owner, attribute
 
 
 class _ConfigView:
@@ -412,7 +266,7 @@ class _Injection:
         """The largest part of the model that holds the module `name` and nothing of the base model."""
         parts = name.split(".")
         around = (".".join(parts[:i]) for i in range(1, len(parts)))
-        return next((part for part in around if not _holds(part, self.facts.base)), name)
+        return next((part for part in around if not holds(part, self.facts.base)), name)
 
     def _boundary(self, module: nn.Module, mixin: type) -> None:
         module.seqpar = self.state  # type: ignore[assignment]
@@ -426,7 +280,7 @@ class _Injection:
             self._unplanned(name, path, module, was)
             return
         parameters = {}
-        self._summed = any(_holds(b.name, name) and b.kind is BlockKind.SUMMED for b in self.plan.blocks.values())
+        self._summed = any(holds(b.name, name) and b.kind is BlockKind.SUMMED for b in self.plan.blocks.values())
         for key, parameter in module.named_parameters(recurse=False):
             parameters[key] = self._parameter(parameter, planned.cuts.get(key), planned.style)
         module.seqpar = self.state  # type: ignore[assignment]
@@ -438,14 +292,14 @@ class _Injection:
         )
 
     def _unplanned(self, name: str, path: str, module: nn.Module, was: str) -> None:
-        whole = next((b for b in self.plan.blocks.values() if _holds(b.name, name) and b.kind is BlockKind.WHOLE), None)
+        whole = next((b for b in self.plan.blocks.values() if holds(b.name, name) and b.kind is BlockKind.WHOLE), None)
         tokenwise = name in self.plan.tokenwise
         if tokenwise:
             why = "acts on each token alone"
         elif whole is not None:
             why = f"{whole.name} is repeated whole by every rank"
         elif name in self.plan.between:
-            width = _width(module, self.facts.hidden_size)
+            width = width_of(module, self.facts.hidden_size)
             tokenwise = name not in self.plan.modules and is_tokenwise(module, width)
             why = "acts on each token alone" if tokenwise else "between the layers; every rank repeats it on all tokens"
             self._boundary(module, TokenwiseModule if tokenwise else ReplicatedModule)
@@ -534,7 +388,7 @@ class _Injection:
             kinds = {BlockKind.SUMMED: SummedBlock, BlockKind.EXPERTS: ExpertsBlock, BlockKind.WHOLE: WholeBlock}
             self._boundary(module, kinds[block.kind])
             return
-        columns = [_at(self.model, name) for name in block.columns]
+        columns = [module_at(self.model, name) for name in block.columns]
         siblings = tuple(c for c in columns if c.in_features == self.facts.hidden_size)
         for column in columns:
             column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]
@@ -583,10 +437,6 @@ def _known_activation(module: nn.Module) -> str | None:
         return known_activation(module)
     except (RuntimeError, TypeError, ValueError):
         return None
-
-
-def _holds(block: str, name: str) -> bool:
-    return name == block or name.startswith(f"{block}.")
 
 
 def _first_argument(module: nn.Module) -> str:
