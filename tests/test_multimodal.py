@@ -99,9 +99,7 @@ def _save_and_generate(model_type: str, folder: str) -> dict[str, Any]:
     model, reference = tiny_of(model_type, dtype=torch.float32), tiny_of(model_type, dtype=torch.float32).eval()
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, 1, 1, 1)
     ds_seqpar.save_pretrained(engine, folder)
-    batch = {
-        n: x.float() if x.is_floating_point() else x for n, x in batches_for(1, 2, 9, model_type=model_type)[0].items()
-    }
+    batch = _float32_batch(model_type)
     del batch["labels"]
     options: dict[str, Any] = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
     ours = engine.module.eval().generate(**batch, **options)
@@ -116,6 +114,31 @@ def test_generates_from_images_and_saves_what_loads_without_us(tmp_path: Path, m
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     original = tiny_of(model_type, dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, original[name]) for name, tensor in loaded.state_dict().items())
+
+
+def _load_in_parts(model_type: str, folder: str) -> float:
+    key = {"tp_size": 2}
+    config = {"train_micro_batch_size_per_gpu": 1, "ds_seqpar": key}
+    model = ds_seqpar.from_pretrained(folder, config, model_class=AutoModelForImageTextToText, dtype=torch.float32)
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), key, 1, 1, 1)
+    kinds = engine.seqpar_report.parameters()
+    assert all(kinds[name].local_shape == tuple(p.shape) for name, p in engine.module.named_parameters())
+    with torch.no_grad():
+        return float(engine(**_float32_batch(model_type)).loss)
+
+
+def _float32_batch(model_type: str) -> dict[str, torch.Tensor]:
+    batch = batches_for(1, 2, 9, model_type=model_type)[0]
+    return {name: x.float() if x.is_floating_point() else x for name, x in batch.items()}
+
+
+def test_is_loaded_in_parts_with_its_tower_whole(tmp_path: Path) -> None:
+    whole = tiny_of("qwen2_vl", dtype=torch.float32)
+    whole.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = float(whole.train()(**_float32_batch("qwen2_vl")).loss)
+    for loss in run_ranks(2, _load_in_parts, "qwen2_vl", str(tmp_path)):
+        assert abs(loss - expected) <= 1e-5 * expected
 
 
 def test_every_type_of_several_parts_has_images_in_its_batches() -> None:

@@ -61,7 +61,7 @@ KINDS = ("qwen2", "gpt_neox", "mixtral", "deepseek_v3", "gptj")  # dense GQA, fu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [*KINDS, "gpt_oss", "olmoe", "gpt2", "bloom"])
+@pytest.mark.parametrize("model_type", [*KINDS, "gpt_oss", "olmoe", "gpt2", "bloom", "gemma3", "qwen3_vl"])
 @pytest.mark.parametrize("tp", [3, 4])
 def test_each_kind_at_more_ranks(model_type: str, tp: int) -> None:
     for result in run_ranks(tp, parity, model_type, timeout=600):
