@@ -90,6 +90,24 @@ def test_every_kind_of_model_passes(tp: int, dtype: torch.dtype) -> None:
         assert said.count("passed") >= len(types) - 2 * (tp > 2)  # a few have too few heads
 
 
+def _leaps() -> tuple[torch.dtype, list[str], bool]:
+    """(dtype in which a mixture in bf16 was compared, remarks, whether its weights are what they were)."""
+    fresh_groups()
+    model = tiny("mixtral", dtype=torch.bfloat16, experts=None)
+    skeleton = Skeleton(model)
+    ds_seqpar.shard(model, {"tp_size": 2})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = verified(model, skeleton, 9)
+    back = all(p.dtype is torch.bfloat16 and torch.equal(p, before[name]) for name, p in model.named_parameters())
+    return found.rounding.dtype, found.remarks, back and found.passed
+
+
+def test_what_leaps_in_half_precision_is_compared_in_float32_and_comes_back() -> None:
+    for dtype, remarks, back in run_ranks(2, _leaps):
+        assert dtype is torch.float32 and back
+        assert any("compared in float32: in bfloat16 a choice of experts" in remark for remark in remarks)
+
+
 def _adapters() -> dict[str, str]:
     from peft import LoraConfig, get_peft_model
 
