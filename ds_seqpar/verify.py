@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -65,7 +66,12 @@ def _run(options: argparse.Namespace) -> bool:
     begun = time.monotonic()
     if options.seq < 1:
         raise ConfigError(f"--seq must be at least 1, not {options.seq}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ:  # no launcher: a run of one rank
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    world = int(os.environ["WORLD_SIZE"])
     ds_config = _ds_config(options.config, world)
     groups = groups_of({"train_micro_batch_size_per_gpu": 1, KEY: ds_config[KEY]})
     if groups is None:

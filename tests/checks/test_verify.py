@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -93,7 +96,7 @@ def test_every_kind_of_model_passes(tp: int, dtype: torch.dtype) -> None:
 def _leaps() -> tuple[torch.dtype, list[str], bool]:
     """(dtype in which a mixture in bf16 was compared, remarks, whether its weights are what they were)."""
     fresh_groups()
-    model = tiny("mixtral", dtype=torch.bfloat16, experts=None)
+    model = tiny("mixtral", dtype=torch.bfloat16)
     skeleton = Skeleton(model)
     ds_seqpar.shard(model, {"tp_size": 2})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -233,6 +236,21 @@ def test_the_command_prints_a_table_and_its_exit_status_says_what_was_found(
     config.write_text("{}")
     assert run_ranks(2, _command, [*model, "--config", str(config)]) == [2, 2]
     assert 'has no "ds_seqpar" key' in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m"]]
+)
+def test_the_command_starts_by_itself_and_under_a_launcher(tmp_path: Path, launcher: list[str]) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'integrations'}"}
+    command = [sys.executable, *launcher, "ds_seqpar.verify", "--model", str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = 1 if launcher == ["-m"] else 2
+    assert f"tp_size={ranks}, " in done.stdout and done.stdout.count("sharded against unsharded") == 1
 
 
 def test_checksums_of_parts_add_up_and_show_one_bit_and_an_exchange() -> None:
