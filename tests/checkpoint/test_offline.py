@@ -94,3 +94,17 @@ def test_the_command_and_its_refusals(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["export", str(good), str(tmp_path / "file" / "x")]) == 1
     assert "was not written" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
+
+
+def _train_adapters(folder: str) -> None:
+    engine = engine_at("llama", 2, 1, lora=True)
+    run(engine, 0, 1)
+    engine.save_checkpoint(folder)
+
+
+def test_adapters_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_ranks(2, _train_adapters, str(tmp_path / "in"))
+    assert main(["export", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "holds a PeftModelForCausalLM, whose adapters this tool cannot write" in error and "save_pretrained" in error
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from training import engine_at, optimizer_states, run, weights
 
 import ds_seqpar
 from ds_seqpar.checkpoint.gathering import part_of
-from ds_seqpar.checkpoint.universal import affine_map, affine_maps
+from ds_seqpar.checkpoint.universal import affine_map, affine_maps, require_universal
 from ds_seqpar.plan.cuts import Cut
 
 BEFORE, AFTER = 3, 6
@@ -201,12 +202,14 @@ def test_stage_0_takes_what_other_stages_saved(tmp_path: Path) -> None:
 def _refusals(folder: str) -> dict[str, str]:
     messages = {}
 
-    def refused(what: str, engine: Any, tag: str | None = "universal") -> None:
+    def refused(what: str, engine: Any, tag: str | None = "universal", **options: Any) -> None:
         with pytest.raises(ds_seqpar.CheckpointError) as caught:
-            engine.load_checkpoint(folder, tag=tag)
+            engine.load_checkpoint(folder, tag=tag, **options)
         messages[what] = str(caught.value)
 
     universal: dict[str, Any] = {"checkpoint": {"load_universal": True}}
+    refused("weights alone", engine_at("llama", 2, 0, **universal), load_optimizer_states=False)
+    refused("thawed", engine_at("llama", 2, 0, **universal), "frozen")
     refused("family", engine_at("qwen3", 2, 1, **universal))
     refused("width", engine_at("llama", 2, 1, own={"intermediate_size": 52}, **universal))
     refused("groups", engine_at("llama", 2, 3, groups=1, **universal))
@@ -222,10 +225,11 @@ def _refusals(folder: str) -> dict[str, str]:
 def test_universal_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     run_ranks(2, _train, "llama", 2, 1, str(tmp_path), {})
     _convert(tmp_path)
-    for name in ("unfinished", "lost", "foreign"):
+    for name in ("unfinished", "lost", "foreign", "frozen"):
         shutil.copytree(tmp_path / "universal", tmp_path / name)
     moment = "zero/model.layers.1.mlp.up_proj.weight/exp_avg.pt"
     (tmp_path / "unfinished" / moment).unlink()
+    (tmp_path / "frozen" / "zero" / "model.norm.weight" / "exp_avg.pt").unlink()
     (tmp_path / "lost" / "zero" / "optimizer_state.pt").unlink()
     path = tmp_path / "foreign" / "mp_rank_00_model_states.pt"
     state = torch.load(path, weights_only=False)
@@ -234,6 +238,8 @@ def test_universal_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> No
     first, second = run_ranks(2, _refusals, str(tmp_path))
     assert first == second
     for what, message in {
+        "weights alone": "leave out load_optimizer_states=False",
+        "thawed": "model.norm.weight was frozen in the run that saved",
         "family": "holds a llama model, this one is qwen3",
         "width": "mlp.gate_proj.weight has shape [50, 48] there and [52, 48] here",
         "groups": "holds 2 parameter groups of the optimizer, this run has 1",
@@ -245,3 +251,38 @@ def test_universal_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> No
         "no latest": "has no latest_universal, and no tag was given",
     }.items():
         assert message in first[what], f"{what}: {first[what]}"
+
+
+def test_fp16_at_stage_0_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ds_seqpar.CheckpointError, match="no loss scale for fp16 at ZeRO stage 0; use stage 1, 2 or 3, or bf16"
+    ):
+        require_universal(tmp_path, {"zero_stage": 0, "dtype": "float16"}, [])
+
+
+def _without_frozen(folder: str) -> list[str]:
+    """Saves without what is frozen, loads into other weights; what was logged."""
+    frozen = {"freeze": ("embed", "norm")}
+    engine = engine_at("llama", 2, 1, **frozen)
+    run(engine, 0, BEFORE)
+    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        _convert(Path(folder))
+    torch.distributed.barrier()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ds_seqpar").addHandler(handler)
+    other = engine_at("llama", 2, 1, seed=1, checkpoint={"load_universal": True}, **frozen)
+    before = weights(other)
+    other.load_checkpoint(folder)
+    after = weights(other)
+    assert all(torch.equal(x, before[n]) == ("embed" in n or "norm" in n or "lm_head" in n) for n, x in after.items())
+    return [line for line in lines if "keep the values they have" in line]
+
+
+def test_what_a_checkpoint_was_saved_without_is_said(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _without_frozen, str(tmp_path))
+    assert len(first) == 1 and "6 frozen parameters keep the values they have (model.embed_tokens.weight" in first[0]
+    assert not second
