@@ -50,6 +50,8 @@ def table() -> str:
         status = result["status"] + (f": {result['why']}" if result.get("why") else "")
         if result.get("whole"):
             status += f"; whole: {', '.join(result['whole'])}"
+        if result.get("heads"):
+            status += f"; with: {', '.join(result['heads'])}"
         cells = (name, result["plan"], status, ", ".join(result["styles"]), result["at"])
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

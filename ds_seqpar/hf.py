@@ -60,16 +60,23 @@ def require_model(model: object) -> PreTrainedModel:
 
 
 def describe(model: PreTrainedModel) -> ModelFacts:
-    """The facts that a plan is made of: of the language model, if the model has other parts. Raises PlanError for encoder-decoders."""
+    """The facts that a plan is made of: of the language model, if the model has other parts.
+
+    Raises PlanError for encoder-decoders without a data file, and for settings that cannot be kept exact.
+    """
     config = model.config
     model_type = str(config.model_type)
-    if getattr(config, "is_encoder_decoder", False):
-        raise PlanError(f"model type {model_type!r} is an encoder-decoder; only decoder models can be sharded")
     text = _text_config(config)
     top = model if text is config else _language_model(model, text)
     data_file = model_type if has_data_file(model_type) else str(text.model_type)
+    data = family(data_file)
+    stacks = _stacks(model, data.stacks)
+    if getattr(config, "is_encoder_decoder", False) and not stacks:
+        raise PlanError(
+            f"model type {model_type!r} is an encoder-decoder without a data file that names its stacks; it cannot be sharded"
+        )
     names = {id(module): name for name, module in model.named_modules()}
-    base = _base_of(top, family(data_file).base)
+    base = _base_of(top, data.base)
     base_name, plans_name = names[id(base)], names[id(_base_of(top, ""))]
     if getattr(model, "hf_quantizer", None) is not None:
         how = getattr(config, "quantization_config", None)
@@ -84,6 +91,7 @@ def describe(model: PreTrainedModel) -> ModelFacts:
             f"Liger replaced the forward of {type(replaced).__name__} by one that reads the head's weight itself; apply Liger "
             "with fused_linear_cross_entropy=False (the loss is fused here)"
         )
+    _refuse_settings(text)
     plan = {(f"{plans_name}.{k}" if plans_name else k): v for k, v in (text.base_model_tp_plan or {}).items()}
     embedding, head = _input_embedding(model), model.get_output_embeddings()
     heads = int(_common(text, "num_attention_heads") or 0)
@@ -103,6 +111,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         head_dim=int(head_dim),
         hidden_size=int(text.hidden_size),
         block_heads=_block_heads(model, heads, kv_heads),
+        stacks=stacks,
+        more_embeddings=_more_embeddings(model, stacks, embedding),
+        tied=_tied(model),
     )
 
 
@@ -147,6 +158,44 @@ def _input_embedding(model: PreTrainedModel) -> nn.Module | None:
     return embedding if isinstance(unwrapped(embedding), nn.Embedding) else None
 
 
+def _stacks(model: PreTrainedModel, called: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the models inside `model` that are called with tokens, each for itself; `called` are their last names."""
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in called and isinstance(module, PreTrainedModel)
+    )
+
+
+def _more_embeddings(model: PreTrainedModel, stacks: tuple[str, ...], embedding: Any) -> tuple[str, ...]:
+    """Names of the stacks' own embedding modules; tied or not, they are not the model's."""
+    own = {id(model.get_submodule(stack).get_input_embeddings()) for stack in stacks} - {id(embedding)}
+    return tuple(name for name, module in model.named_modules() if id(module) in own)
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """Name of a parameter -> the first name of the same parameter, where there are several."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            found[name] = first[id(parameter)]
+    return found
+
+
+def _refuse_settings(config: Any) -> None:
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, name, 0.0):
+            raise PlanError(
+                f"{name}={getattr(config, name)}: layers are skipped by random numbers that differ between ranks; set it to 0.0"
+            )
+    if getattr(config, "chunk_size_feed_forward", 0):
+        raise PlanError(
+            f"chunk_size_feed_forward={config.chunk_size_feed_forward} cuts the sequence inside a layer; set it to 0 (the "
+            '"recompute" field of the ds_seqpar key saves the same memory)'
+        )
+
+
 def _common(config: Any, name: str) -> Any:
     """A value of the config; None if it has none, or if its layers differ in it."""
     try:
@@ -160,7 +209,7 @@ def _block_heads(model: nn.Module, num_heads: int, num_kv_heads: int) -> dict[st
     found = {}
     for name, module in model.named_modules():
         head_dim, key = getattr(module, "head_dim", None), unwrapped(getattr(module, "k_proj", None))
-        groups = getattr(module, "num_key_value_groups", None)
+        groups = getattr(module, "num_key_value_groups", 1 if hasattr(module, "embed_dim") else None)
         if not (isinstance(head_dim, int) and isinstance(key, nn.Linear) and isinstance(groups, int)):
             continue
         kv = key.out_features // head_dim

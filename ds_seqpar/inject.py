@@ -20,7 +20,7 @@ from .config import Overlap, Recompute, SeqParConfig
 from .families import TESTED, family
 from .groups import ParallelGroups
 from .kernels.gating import known_activation
-from .layers.adapters import PassesHandles
+from .layers.adapters import PassesHandles, TakesHandles
 from .layers.blocks import (
     ExpertsBlock,
     FirstRankOnly,
@@ -36,10 +36,12 @@ from .layers.blocks import (
 )
 from .layers.boundaries import (
     HidesHandles,
+    Passage,
     ShardedBlock,
     ShardedLayer,
     ShardedModel,
     ShardedTopModel,
+    TokenDropout,
     TokenwiseModule,
     become,
 )
@@ -58,11 +60,11 @@ from .layers.tokenwise import is_tokenwise
 from .plan.cuts import Cut, Kind
 from .plan.facts import ModelFacts
 from .plan.model_plan import BlockPlan, ModelPlan
-from .plan.patterns import matches
+from .plan.patterns import matches_in
 from .plan.report import Entry, ParameterEntry, Report
 from .plan.resolve import resolve
 from .plan.styles import BlockKind, Style
-from .plan.wrappers import inner_model_path, places, runs_copies
+from .plan.wrappers import adapter_layer, inner_model_path, is_foreign, places, runs_copies
 from .preconditions import (
     check_modules,
     holds,
@@ -224,22 +226,40 @@ class _Injection:
             layer.token_inputs = token_inputs  # type: ignore[assignment]
             self._boundary(layer, ShardedLayer)
         self._fuse_norms()
-        base = self.model.get_submodule(self.facts.base)
-        base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
-        for child in base.children():
-            if isinstance(child, nn.Dropout):  # the embedding's
-                self._boundary(child, TokenwiseModule)
-        self._boundary(base, ShardedModel)
+        for stream, name in enumerate(self.facts.bases):
+            base = self.model.get_submodule(name)
+            base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
+            base.states, base.stream = family(self.facts.data_file).states, stream  # type: ignore[assignment]
+            self._boundary(base, ShardedModel)
         answer_known_positions()
-        if base is not self.model:
+        if "" not in self.facts.bases:
             self._boundary(self.model, ShardedTopModel)
+        self._between_boundaries()
         around = self.facts.base.split(".")[:-1]
         for depth in range(1, len(around) + 1):  # such as a vision-language model without its head
-            become(self.model.get_submodule(".".join(around[:depth])), HidesHandles)
+            module = self.model.get_submodule(".".join(around[:depth]))
+            if not isinstance(module, HidesHandles):
+                become(module, HidesHandles)
+
+    def _between_boundaries(self) -> None:
+        """What stands outside the layers and is no boundary itself: dropouts, and modules that handles go through."""
+        planned = [*self.facts.modules, *self.plan.layers]
+        for name, module in self.model.named_modules():
+            if "seqpar" in vars(module) or any(holds(layer, name) for layer in self.plan.layers):
+                continue
+            in_base = any(holds(base, name) if base else True for base in self.facts.bases)
+            if not in_base and self.facts.has_other_parts:
+                continue  # a tower, whose tokens are not these
+            if isinstance(module, nn.Dropout):
+                self._boundary(module, TokenDropout)
+            elif isinstance(module, nn.ModuleList | nn.ModuleDict) or is_foreign(module) or adapter_layer(module):
+                continue  # never called, or has boundaries of its own
+            elif not in_base or any(inner.startswith(f"{name}.") for inner in planned):
+                self._boundary(module, Passage)
 
     def _fuse_norms(self) -> None:
         own_code: Counter[str] = Counter()
-        for module in self.model.get_submodule(self.facts.base).modules():
+        for module in (m for base in self.facts.bases for m in self.model.get_submodule(base).modules()):
             eps = rms_norm_epsilon(module)
             if eps is None and "Norm" in type(module).__name__:
                 own_code[type(module).__name__] += 1
@@ -256,6 +276,8 @@ class _Injection:
 
     def _defer_activation(self, block: nn.Module) -> None:
         for child in block.children():
+            if isinstance(child, nn.Dropout):  # may stand between the product and the row-parallel linear
+                become(child, TakesHandles)
             act = None if list(child.parameters()) or not callable(child) else _known_activation(child)
             if act is not None and not isinstance(child, DeferredActivation):
                 self.fused[f"{act} activations with their products"] += 1
@@ -303,6 +325,9 @@ class _Injection:
             tokenwise = name not in self.plan.modules and is_tokenwise(module, width)
             why = "acts on each token alone" if tokenwise else "between the layers; every rank repeats it on all tokens"
             self._boundary(module, TokenwiseModule if tokenwise else ReplicatedModule)
+        elif self._is_token_head(module):
+            tokenwise, why = True, "outside the base model; acts on each token alone"
+            self._boundary(module, TokenwiseModule)
         else:
             why = "outside the base model; left alone, it sees whole activations"
             self.outside[self._part_of(name)] += sum(p.numel() for p in module.parameters(recurse=False))
@@ -310,10 +335,21 @@ class _Injection:
         parameters = {}
         for key, parameter in module.named_parameters(recurse=False):
             if partial:
-                self.state.partial.add(parameter)
+                self._sum(parameter)
             shape = tuple(parameter.shape)
             parameters[key] = ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
         self.entries.append(Entry(name + path, was, was, parameters, why))
+
+    def _is_token_head(self, module: nn.Module) -> bool:
+        if self.facts.has_other_parts or list(module.children()):
+            return False
+        return is_tokenwise(module, width_of(module, self.facts.hidden_size))
+
+    def _sum(self, parameter: nn.Parameter) -> None:
+        """Has the gradient of `parameter` summed over the group, once however many modules hold it."""
+        if id(parameter) not in self._armed:
+            self._armed.add(id(parameter))
+            self.state.partial.add(parameter)
 
     def _parameter(self, parameter: nn.Parameter, cut: Cut | None, style: Style) -> ParameterEntry:
         state, rank = self.state, self.state.groups.tp_rank
@@ -323,7 +359,7 @@ class _Injection:
                 style is not Style.ROW or self._summed or state.sequence_parallel
             )
             if partial:
-                state.partial.add(parameter)
+                self._sum(parameter)
             return ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
         if id(parameter) not in self._cut_already:
             self._cut_already.add(id(parameter))
@@ -349,7 +385,13 @@ class _Injection:
                 if isinstance(child, nn.Identity):  # an expert that returns its input
                     self._boundary(child, FirstRankOnly)
             return type(module).__name__
+        if style is Style.SHARED:
+            become(module, Passage)
+            return type(module).__name__
         cut: Cut = cuts["weight"]
+        if style is Style.EMBEDDING_COLUMN:
+            module.embedding_dim = module.weight.shape[1]  # type: ignore[assignment, index]
+            return type(module).__name__
         if style is Style.CUT_NORM:
             module.norm_width, module.norm_eps = cut.size, rms_norm_epsilon(module)  # type: ignore[assignment]
             module.norm_copies = cut.ranges.count(cut.ranges[rank])  # type: ignore[assignment]
@@ -393,7 +435,9 @@ class _Injection:
         for column in columns:
             column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]
             column.outputs_live_together = not block.has_heads  # type: ignore[assignment]
-        if not block.has_heads:
+        if (
+            block.kind is BlockKind.GROUPED and not block.has_heads
+        ):  # of an entry it would leave the block, past its hooks
             self._defer_activation(module)
         self._boundary(module, ShardedBlock)
 
@@ -401,7 +445,7 @@ class _Injection:
         if block.heads is None:
             return
         for pattern, inputs in family(self.facts.data_file).head_inputs.items():
-            if matches(self.facts.full_name(pattern), block.name):
+            if matches_in(self.facts, pattern, block.name):
                 module.head_inputs = dict(inputs)  # type: ignore[assignment]
                 module.heads = (self.facts.heads_of(block.name)[0], block.heads.queries[self.state.groups.tp_rank])  # type: ignore[assignment]
                 become(module, HeadInputs)
@@ -422,7 +466,7 @@ class _Injection:
             module.num_key_value_groups = counts["num_local_heads"] // counts["num_local_kv_heads"]  # type: ignore[assignment]
         through_config = {}
         for pattern, attributes in family(self.facts.data_file).attributes.items():
-            if matches(self.facts.full_name(pattern), block.name):
+            if matches_in(self.facts, pattern, block.name):
                 for path, count in attributes.items():
                     if path.startswith("config."):
                         through_config[path.removeprefix("config.")] = counts[count]

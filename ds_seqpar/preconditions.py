@@ -17,7 +17,7 @@ from .layers.tokenwise import is_tokenwise
 from .plan.cuts import Cut
 from .plan.facts import ModelFacts
 from .plan.model_plan import ModelPlan
-from .plan.patterns import matches
+from .plan.patterns import matches_in
 from .plan.styles import BlockKind, Style
 from .plan.wrappers import unwrapped
 
@@ -123,15 +123,22 @@ def check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
             why = f"{name} ({facts.modules[name].type_name}) is a norm over all heads but no plain RMS norm"
             plan.repeat_whole(around, [m for m in facts.modules if holds(around, m)], why)
             plan.remarks.append(f"{around} is repeated whole by every rank: {why}")
-    embedding = module_at(model, facts.embedding) if facts.embedding is not None else None
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(embedding, option, None):
-            raise PlanError(
-                f"{facts.embedding}: nn.Embedding({option}={getattr(embedding, option)}) cannot be cut by vocabulary"
-            )
+    for name in filter(None, (facts.embedding, *facts.more_embeddings)):
+        embedding = module_at(model, name)
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(embedding, option, None):
+                raise PlanError(
+                    f"{name}: nn.Embedding({option}={getattr(embedding, option)}) cannot be cut by vocabulary"
+                )
+    whole = [block.name for block in plan.blocks.values() if block.kind is BlockKind.WHOLE]
+    if len(facts.stacks) > 1 and whole:
+        raise PlanError(
+            f"{whole[0]} would be repeated whole by every rank, which is not possible in a model of {len(facts.stacks)} stacks, "
+            "where blocks share the encoder's output; its data file, or a plan of yours, must say how it is cut"
+        )
     for pattern, attributes in family(facts.data_file).attributes.items():
         for name in plan.blocks:
-            if matches(facts.full_name(pattern), name):
+            if matches_in(facts, pattern, name):
                 for path in attributes:
                     _owner(model.get_submodule(name), path)  # raises if it was renamed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -9,7 +10,19 @@ from typing import Any
 import torch
 from models import device
 from multimodal import PARTS, with_images
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 CLASSICS = ("bloom", "codegen", "falcon", "gpt2", "gpt_neo", "gpt_oss", "gptj", "mpt", "opt")
@@ -18,7 +31,31 @@ CLASSICS = ("bloom", "codegen", "falcon", "gpt2", "gpt_neo", "gpt_oss", "gptj", 
 MULTIMODAL = tuple(sorted(PARTS))
 """Models of several parts; those among them that have a plan for a part beside the language model are planned types, too."""
 
-__all__ = ["CLASSICS", "MULTIMODAL", "NoModelError", "batches_for", "causal", "planned_types", "tiny_config", "tiny_of"]
+ENCODERS = ("bert", "distilbert", "electra", "modernbert", "roberta")
+SEQ2SEQ = ("bart", "t5")
+HEADS: dict[str, Any] = {
+    "masked-lm": AutoModelForMaskedLM,
+    "multiple-choice": AutoModelForMultipleChoice,
+    "question-answering": AutoModelForQuestionAnswering,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+}
+"""What stands on a model beside a causal language model's head, as the table names it."""
+
+_OVER_TOKENS = ("question-answering", "sequence-classification", "token-classification")
+HEADS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(ENCODERS, ("masked-lm", "multiple-choice", *_OVER_TOKENS)),
+    **dict.fromkeys(("gpt2", "llama", "mistral", "qwen2"), _OVER_TOKENS),
+    "bart": ("question-answering", "seq2seq-lm", "sequence-classification"),
+    "t5": ("question-answering", "seq2seq-lm", "sequence-classification", "token-classification"),
+}
+"""Model type -> the heads that it is measured with."""
+
+__all__ = [
+    "ALL", "CLASSICS", "ENCODERS", "HEADS", "HEADS_OF", "MULTIMODAL", "SEQ2SEQ", "NoModelError", "batches_for", "causal",
+    "planned_types", "tiny_config", "tiny_of",
+]  # fmt: skip
 
 SIZES: dict[str, Any] = dict(
     vocab_size=101, hidden_size=48, intermediate_size=50, num_hidden_layers=2, num_layers=2, num_attention_heads=6,
@@ -50,6 +87,13 @@ _PER_LAYER_INPUT = dict(
     num_kv_shared_layers=0,
 )  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
+    "bart": dict(d_model=48, encoder_ffn_dim=50, decoder_ffn_dim=54, encoder_layers=2, decoder_layers=2, dropout=0.0,
+        encoder_attention_heads=6, decoder_attention_heads=4, decoder_start_token_id=2, scale_embedding=True),
+    "distilbert": dict(dim=48, hidden_dim=50, n_layers=2, n_heads=6, dropout=0.0, qa_dropout=0.0, seq_classif_dropout=0.0),
+    "electra": dict(embedding_size=20, summary_last_dropout=0.0),
+    "modernbert": dict(local_attention=4, cls_token_id=1, sep_token_id=2, decoder_bias=True),
+    "t5": dict(d_model=48, d_ff=50, d_kv=8, num_heads=6, dropout_rate=0.0, decoder_start_token_id=0, eos_token_id=2,
+        relative_attention_num_buckets=8, relative_attention_max_distance=12),
     "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
     "ernie4_5_vl_moe_text": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
     "codegen": dict(num_attention_heads=4, hidden_size=32, rotary_dim=4),
@@ -119,6 +163,7 @@ PATCHES: dict[str, dict[str, Any]] = {
 }
 """Vision towers by themselves: what they are given instead of tokens; positions are the same for each of three images."""
 
+LABELS, CHOICES = 3, 2
 FLOAT32 = ("inkling2_text",)
 """Types whose code has a dtype of its own inside."""
 
@@ -127,6 +172,10 @@ FLOAT32 = ("inkling2_text",)
 def planned_types() -> tuple[str, ...]:
     """Model types whose config carries a `base_model_tp_plan`, in alphabetical order."""
     return tuple(sorted(t for t in CONFIG_MAPPING if getattr(CONFIG_MAPPING[t], "base_model_tp_plan", None)))
+
+
+ALL = sorted({*planned_types(), *CLASSICS, *MULTIMODAL, *ENCODERS, *SEQ2SEQ})
+"""Every model type that is measured."""
 
 
 def tiny_config(model_type: str, **more: Any) -> PreTrainedConfig:
@@ -161,7 +210,9 @@ def _head_class(config: PreTrainedConfig) -> Any:
     return heads if type(config) in heads._model_mapping else None
 
 
-def _build(config: PreTrainedConfig) -> PreTrainedModel:
+def _build(config: PreTrainedConfig, head: str = "") -> PreTrainedModel:
+    if head:
+        return HEADS[head].from_config(config)
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     try:
         if causal(config) or type(config) in AutoModel._model_mapping:
@@ -190,18 +241,26 @@ def tiny_of(
     dtype: torch.dtype | None = None,
     build_only: bool = False,
     experts: str | None = "eager",
+    head: str = "",
     **more: Any,
 ) -> PreTrainedModel:
-    """A random model: the causal LM where there is one, else the base model. Equal weights on every call and rank."""
+    """A random model: with the `head` asked for, else the causal LM where there is one, else the base model.
+
+    Equal weights on every call and rank.
+    """
+    if head.endswith("-classification"):
+        more = {"num_labels": LABELS, **more}
+    if head == "token-classification":  # the heads of causal models drop by this
+        more = {"classifier_dropout": 0.0, **more}
     config = tiny_config(model_type, **more)
     config.get_text_config()._experts_implementation_internal = experts  # None: grouped products, which know no float64
     if build_only:
-        return _build(config)
+        return _build(config, head)
     with torch.device("meta"):
-        size = sum(p.numel() for p in _build(config).parameters())
+        size = sum(p.numel() for p in _build(config, head).parameters())
     assert size < 4_000_000, f"{model_type} is not tiny: {size} parameters"
     torch.manual_seed(0)
-    model = _build(config)
+    model = _build(config, head)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 2 or not bool(torch.isfinite(parameter).all()):
@@ -221,10 +280,13 @@ def _dtype(model_type: str) -> torch.dtype:
 
 
 def batches_for(
-    count: int, rows: int, seq: int, *, vocab: int = 101, model_type: str = ""
+    count: int, rows: int, seq: int, *, vocab: int = 101, model_type: str = "", head: str = ""
 ) -> list[dict[str, torch.Tensor]]:
-    """`count` batches without padding, some labels ignored; with images if the type takes them."""
+    """`count` batches, some labels ignored: for any `head` of HEADS the last row padded; with images if the type takes them."""
     generator = torch.Generator().manual_seed(1)
+    if head:
+        make = _batch_of(head)
+        return [{name: x.to(device()) for name, x in make(generator, rows, seq, vocab).items()} for _ in range(count)]
     result = []
     for _ in range(count):
         ids = torch.randint(3, vocab, (rows, seq), generator=generator)
@@ -246,3 +308,31 @@ def batches_for(
             batch["inputs_embeds"] = embeds.to(device(), _dtype(model_type))
         result.append(batch)
     return result
+
+
+def _batch_of(head: str) -> Callable[[torch.Generator, int, int, int], dict[str, torch.Tensor]]:
+    def make(generator: torch.Generator, rows: int, seq: int, vocab: int) -> dict[str, torch.Tensor]:
+        def integers(below: int, *shape: int) -> torch.Tensor:
+            return torch.randint(0, below, shape, generator=generator)
+
+        leading = (rows, CHOICES) if head == "multiple-choice" else (rows,)
+        ids = 3 + integers(vocab - 3, *leading, seq)
+        mask = torch.ones_like(ids)
+        mask[-1, ..., seq - 2 :] = 0
+        ids[..., seq - 3] = 2  # the end of a sentence, where encoder-decoders classify
+        ids.masked_fill_(mask == 0, 0)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if head == "question-answering":
+            return batch | {"start_positions": integers(seq, rows), "end_positions": integers(seq, rows)}
+        labels = {
+            "masked-lm": lambda: ids.masked_fill(integers(2, rows, seq) == 0, -100),
+            "multiple-choice": lambda: integers(CHOICES, rows),
+            "seq2seq-lm": lambda: (3 + integers(vocab - 3, rows, seq - 2)).masked_fill(
+                integers(4, rows, seq - 2) == 0, -100
+            ),
+            "sequence-classification": lambda: integers(LABELS, rows),
+            "token-classification": lambda: integers(LABELS, rows, seq).masked_fill(integers(4, rows, seq) == 0, -100),
+        }
+        return batch | {"labels": labels[head]()}
+
+    return make

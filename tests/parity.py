@@ -13,7 +13,17 @@ import torch
 import torch.distributed as dist
 import transformers
 from exactness import fresh_groups
-from model_types import CLASSICS, MULTIMODAL, NoModelError, batches_for, causal, planned_types, tiny_config, tiny_of
+from model_types import (
+    ALL,
+    HEADS_OF,
+    MULTIMODAL,
+    NoModelError,
+    batches_for,
+    causal,
+    planned_types,
+    tiny_config,
+    tiny_of,
+)
 from ranks import RankError, run_ranks
 from sharding import full_gradients, relative_error
 from torch import Tensor
@@ -25,15 +35,17 @@ from ds_seqpar.errors import PlanError
 from ds_seqpar.families import Family, family, has_data_file
 from ds_seqpar.hf import describe
 
-__all__ = ["TOLERANCE", "document", "measured", "parity"]
+__all__ = ["TOLERANCE", "document", "measured", "parities", "parity"]
 
 TOLERANCE = 1e-5
 
 
-def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
-    if causal(model.config):
+def _loss(model: Any, batch: dict[str, Any], head: str) -> Tensor:
+    if head or causal(model.config):
         return model(**batch).loss  # type: ignore[no-any-return]
     inputs = {name: x for name, x in batch.items() if name != "labels"}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = batch["input_ids"].flip(1)
     if "inputs_embeds" in inputs:  # the caller embeds, as the model around it does
         ids, embeddings = inputs.pop("input_ids"), [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
         if embeddings:
@@ -48,19 +60,21 @@ def _with_gradients(batch: dict[str, Any]) -> dict[str, Any]:
     return {n: x.clone().requires_grad_() if n == "inputs_embeds" else x for n, x in batch.items()}
 
 
-def parity(model_type: str, seq: int = 7, **own: Any) -> dict[str, Any]:
+def parity(
+    model_type: str, seq: int = 7, head: str = "", key: dict[str, Any] | None = None, **own: Any
+) -> dict[str, Any]:
     """The relative error of everything after one step of 3 x `seq` tokens twice, and what was planned; run on every rank.
 
-    `own` goes over the tiny config's values.
+    `head` is one of model_types.HEADS, or "" for none; `own` goes over the tiny config's values.
     """
     fresh_groups()
-    model, reference = tiny_of(model_type, **own), tiny_of(model_type, **own)
-    report = ds_seqpar.shard(model, {"tp_size": dist.get_world_size(), "loss_chunk_tokens": 4})
+    model, reference = tiny_of(model_type, head=head, **own), tiny_of(model_type, head=head, **own)
+    report = ds_seqpar.shard(model, {"tp_size": dist.get_world_size(), "loss_chunk_tokens": 4, **(key or {})})
     model.train(), reference.train()
     errors: dict[str, float] = {}
-    for i, batch in enumerate(batches_for(2, 3, seq, model_type=model_type)):
+    for i, batch in enumerate(batches_for(2, 3, seq, model_type=model_type, head=head)):
         mine, theirs = _with_gradients(batch), _with_gradients(batch)
-        loss, expected = _loss(model, mine) / 2, _loss(reference, theirs) / 2
+        loss, expected = _loss(model, mine, head) / 2, _loss(reference, theirs, head) / 2
         errors[f"loss {i}"] = relative_error(loss.detach(), expected.detach())
         loss.backward()
         expected.backward()
@@ -77,7 +91,13 @@ def parity(model_type: str, seq: int = 7, **own: Any) -> dict[str, Any]:
         "cut": sum(entry.cut is not None for entry in report.parameters().values()),
         "whole": sorted(whole),
         "remarks": report.remarks,
+        "materialised": dict(model.seqpar.materialised),
     }
+
+
+def parities(model_type: str, heads: tuple[str, ...], **options: Any) -> dict[str, dict[str, Any]]:
+    """`parity` with each of the heads, "" for none; run on every rank."""
+    return {head: parity(model_type, head=head, **options) for head in heads}
 
 
 def measured(model_type: str, tp: int = 2) -> dict[str, Any]:
@@ -97,15 +117,19 @@ def measured(model_type: str, tp: int = 2) -> dict[str, Any]:
     if refusal:
         return {"status": "refused", "why": refusal, **line, "at": ""}
     try:
-        result = run_ranks(tp, parity, model_type, timeout=240)[0]
+        heads = ("", *HEADS_OF.get(model_type, ()))
+        results = run_ranks(tp, parities, model_type, heads, timeout=240)[0]
     except RankError as problem:
         last = (problem.errors[0] or "").strip().splitlines()[-1]
         if ".PlanError: " not in last:
             raise
         return {"status": "refused", "why": last.partition(".PlanError: ")[2], **line, "at": ""}
-    assert not result["bad"], f"{model_type}: relative errors above {TOLERANCE}: {result['bad']}"
-    assert result["cut"], f"{model_type}: nothing is cut"
-    return {"status": "exact", **line, "whole": result["whole"]}
+    for head, result in results.items():
+        name = f"{model_type} {head}".strip()
+        assert not result["bad"], f"{name}: relative errors above {TOLERANCE}: {result['bad']}"
+        assert result["cut"], f"{name}: nothing is cut"
+    line["whole"] = results[""]["whole"]
+    return {"status": "exact", **line, **({"heads": list(heads[1:])} if len(heads) > 1 else {})}
 
 
 def _refusal(model_type: str) -> str:
@@ -131,7 +155,7 @@ def main() -> None:
     """Measures every type (or those named) and writes the results and the table in docs/families.md."""
     path = Path(ds_seqpar.families.__file__).parent / "results.json"
     results = json.loads(path.read_text())["types"]
-    types = sys.argv[1:] or sorted({*planned_types(), *CLASSICS, *MULTIMODAL})
+    types = sys.argv[1:] or ALL
     for model_type in types:
         try:
             results[model_type] = measured(model_type)
@@ -172,7 +196,8 @@ changed. Exact: a random model of two layers, sharded over two ranks, gives afte
 parameter's gradient of the unsharded model, each to a relative error of 1e-5 (float64, where rotary embeddings, norms and routers
 of many types compute in float32). "Whole" names the blocks that every rank repeats on all tokens: exact, but not divided. Of a
 model of several parts the language model is sharded, by the plan of the type that stands in the column; the rest of it, such as a
-vision tower, is whole on every rank, and its gradients are compared too.
+vision tower, is whole on every rank, and its gradients are compared too. "With" names the heads that were measured beside the
+causal language model's (or, for a type without one, beside the bare model's hidden states), each with its own loss in transformers.
 
 {table}
 """

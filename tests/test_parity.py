@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from exactness import compare_sgd, fresh_groups
-from model_types import CLASSICS, MULTIMODAL, batches_for, planned_types, tiny_of
+from model_types import ALL, batches_for, tiny_of
 from parity import TOLERANCE, document, measured, parity
 from ranks import RankError, run_ranks
 from sharding import same_loss_and_gradients
@@ -20,7 +20,6 @@ import ds_seqpar
 from ds_seqpar import cli
 from ds_seqpar.families import MEASURED_WITH, RESULTS, TESTED
 
-ALL = sorted({*planned_types(), *CLASSICS, *MULTIMODAL})
 MOST_USED = ("deepseek_v3", "gpt2", "gpt_oss", "mixtral", "qwen3_moe")  # beside the dense ones of test_families.py
 TODAY = datetime.date.today().toordinal()
 SAMPLE = sorted({*MOST_USED, *(TESTED[(5 * TODAY + i) % len(TESTED)] for i in range(5))}) if TESTED else []

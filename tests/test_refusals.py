@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from exactness import fresh_groups
+from model_types import tiny_of
 from models import batches, tiny
 from ranks import run_ranks
 from sharding import full_gradients, relative_error, twins
@@ -158,16 +159,22 @@ def _mixing_tokens() -> PreTrainedModel:
     return model
 
 
-def _t5() -> Any:
-    sizes = dict(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    from transformers import AutoModelForSeq2SeqLM
+def _marian() -> Any:
+    sizes = dict(vocab_size=64, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_layers=1, decoder_layers=1)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0, decoder_start_token_id=0)
+    return AutoModel.from_config(AutoConfig.for_model("marian", **sizes, **heads))
 
-    return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
 
-
-def _bert() -> Any:
+def _albert() -> Any:
     sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    return AutoModel.from_config(AutoConfig.for_model("bert", **sizes))
+    return AutoModel.from_config(AutoConfig.for_model("albert", **sizes))
+
+
+def _encoder(model_type: str, **own: Any) -> Any:
+    def build() -> Any:
+        return tiny_of(model_type, **own)
+
+    return build
 
 
 def _on_meta() -> Any:
@@ -199,8 +206,13 @@ def _with_max_norm() -> Any:
 
 
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "an encoder": (_bert, "'bert' has no tp_plan"),
-    "seq2seq": (_t5, "'t5' is an encoder-decoder; only decoder models can be sharded"),
+    "an encoder without a plan": (_albert, "'albert' has no tp_plan"),
+    "seq2seq without a plan": (_marian, "'marian' is an encoder-decoder without a data file that names its stacks"),
+    "layers skipped at random": (_encoder("bart", decoder_layerdrop=0.1), "decoder_layerdrop=0.1: layers are skipped"),
+    "sequence cut in a layer": (
+        _encoder("bert", chunk_size_feed_forward=2),
+        "chunk_size_feed_forward=2 cuts the sequence",
+    ),
     "quantized": (_quantized, "this llama model is quantized (bitsandbytes)"),
     "no Hugging Face model": (lambda: nn.Sequential(nn.Linear(4, 4)), "(transformers.PreTrainedModel), not Sequential"),
     "no model": (lambda: None, "(transformers.PreTrainedModel), not NoneType"),

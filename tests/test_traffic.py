@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from exactness import engine_for
+from model_types import batches_for
 from models import batches, tiny
 from ranks import ON_GPU, run_ranks
 
@@ -20,18 +21,24 @@ HIDDEN, SEQ = 48, 8
 
 def _count(layers: int, tp: int, key: dict[str, Any], family: str = "llama") -> dict[str, Counter[str]]:
     """Calls and elements of each collective in forward and in backward of one step."""
-    model = tiny(family, num_hidden_layers=layers, **_own(family)).train()
+    batch = batches(1, 2, SEQ)[0]
+    batch.pop("attention_mask")
+    return _counted(tiny(family, num_hidden_layers=layers, **_own(family)).train(), batch, tp, key)
+
+
+def _counted(model: Any, batch: dict[str, torch.Tensor], tp: int, key: dict[str, Any]) -> dict[str, Counter[str]]:
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 2, 1)
     counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
     phase = "forward"
     plain = collectives._all_gather, collectives._reduce_scatter, dist.all_reduce
 
     def all_gather(out: Any, x: Any, **kwargs: Any) -> Any:
-        counts[phase].update({"all_gather": 1, "all_gather elements": out.numel()})
+        counts[phase].update({"all_gather": 1, "all_gather elements": out.numel(), f"all_gather of {out.numel()}": 1})
         return plain[0](out, x, **kwargs)
 
     def reduce_scatter(out: Any, x: Any, **kwargs: Any) -> Any:
-        counts[phase].update({"reduce_scatter": 1, "reduce_scatter elements": x.numel()})
+        of_size = f"reduce_scatter of {x.numel()}"
+        counts[phase].update({"reduce_scatter": 1, "reduce_scatter elements": x.numel(), of_size: 1})
         return plain[1](out, x, **kwargs)
 
     def all_reduce(tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,8 +48,6 @@ def _count(layers: int, tp: int, key: dict[str, Any], family: str = "llama") -> 
 
     collectives._all_gather, collectives._reduce_scatter, dist.all_reduce = all_gather, reduce_scatter, all_reduce
     try:
-        batch = batches(1, 2, SEQ)[0]
-        batch.pop("attention_mask")
         loss = engine(**batch).loss
         phase = "backward"
         engine.backward(loss)
@@ -98,6 +103,30 @@ def test_a_layer_with_experts_gathers_and_scatters_as_often_as_a_dense_one() -> 
     # the gradient of two weights for each token, which makes the router's complete; both norms in the one of the whole forward
     assert layer["backward"]["all_reduce"] == 1
     assert layer["backward"]["all_reduce elements"] == 2 * HIDDEN + 2 * SEQ * 2
+
+
+def _count_stacks(model_type: str, decoder_layers: int) -> dict[str, Counter[str]]:
+    name = {"t5": "num_decoder_layers", "bart": "decoder_layers"}[model_type]
+    model = tiny(model_type, head="seq2seq-lm", **{name: decoder_layers}).train()
+    return _counted(model, batches_for(1, 2, SEQ, head="seq2seq-lm")[0], 2, {})
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+def test_the_encoders_output_is_gathered_once_for_all_cross_attentions(model_type: str) -> None:
+    one, three = (run_ranks(2, _count_stacks, model_type, layers)[0] for layers in (1, 3))
+    source, target = (f"of {2 * seq * HIDDEN}" for seq in (SEQ, SEQ - 2))  # T*h elements
+    for counts in (one, three):
+        # attention and MLP of the encoder's two layers, and its output
+        assert counts["forward"][f"all_gather {source}"] == 5
+        # the same, and the embedding in place of the output
+        assert counts["forward"][f"reduce_scatter {source}"] == 5
+        # the same, and the sum of the gradients of all cross-attentions
+        assert counts["backward"][f"reduce_scatter {source}"] == 5
+    for phase, gathers in (("forward", 3), ("backward", 6)):  # self-attention, cross-attention, MLP; again in backward
+        more = {n: three[phase][n] - one[phase][n] for n in three[phase] if three[phase][n] != one[phase][n]}
+        assert more[f"all_gather {target}"] == 2 * gathers
+        assert more[f"reduce_scatter {target}"] == 2 * 3
+        assert not any(name.endswith(source) for name in more)
 
 
 def test_plain_tensor_parallelism_all_reduces_twice_each_way() -> None:

@@ -12,6 +12,7 @@ Each forward is linear; each backward is its adjoint for the state (split, repli
     copy_for_partial        x -> x                           partial    -> all_reduce
     reduce_partial          x -> all_reduce                  replicated -> dy, no communication
     share_of_replicated     x -> x                           replicated -> dy / t, for an x whose gradient is summed
+    whole_of_share          x -> x                           share      -> dy * t, the inverse of share_of_replicated
     gather_columns          [n, V_r] -> [n, V]               replicated -> own columns, no communication
 
 Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.
@@ -40,6 +41,7 @@ __all__ = [
     "reduce_scatter_partial",
     "scatter",
     "share_of_replicated",
+    "whole_of_share",
 ]
 
 
@@ -129,6 +131,18 @@ class _ShareOfReplicated(Function):
         return dy / dist.get_world_size(ctx.group), None
 
 
+class _WholeOfShare(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy * dist.get_world_size(ctx.group), None
+
+
 class _GatherColumns(Function):
     @staticmethod
     def forward(ctx: Any, mine: Tensor, widths: tuple[int, ...], group: ProcessGroup) -> Tensor:
@@ -180,6 +194,11 @@ def reduce_partial(partial: Tensor, group: ProcessGroup) -> Tensor:
 def share_of_replicated(x: Tensor, group: ProcessGroup) -> Tensor:
     """x equal on every rank, entering work that every rank repeats alike, where the gradients of x are summed later."""
     return _ShareOfReplicated.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def whole_of_share(x: Tensor, group: ProcessGroup) -> Tensor:
+    """x equal on every rank, entering work between it and a later share_of_replicated: parameters there get a share each."""
+    return _WholeOfShare.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gather_columns(mine: Tensor, widths: tuple[int, ...], group: ProcessGroup) -> Tensor:

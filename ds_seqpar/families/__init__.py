@@ -10,6 +10,9 @@ A file may hold these names, all optional; patterns are relative to the base mod
     TOKEN_INPUTS      names of arguments of a layer's forward, beside the hidden states, that hold something for each token
     HEAD_INPUTS       block pattern -> {argument of its forward: "heads" | "batch x heads" | "batch, heads"}, its first dimensions
     BLOCKS      patterns of the modules that are blocks, where a layer's direct child is too much
+    OPTIONAL    patterns of STYLES that some configurations of the type have no module for
+    STACKS      what the modules are called that are called with tokens, where there are several; patterns are relative to each
+    STATES      names of arguments of a stack's forward that are another stack's output
     BASE        name of the module that is called with the inputs, where it is not transformers' base model
     LIKE        another model type whose file this one starts from
     REFUSED     why the type cannot be sharded exactly
@@ -49,6 +52,9 @@ class Family:
     token_inputs: tuple[str, ...] = ()
     head_inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
     base: str = ""
     refused: str = ""
 
@@ -72,6 +78,9 @@ def family(model_type: str) -> Family:
         data.get("TOKEN_INPUTS", base.token_inputs),
         {**base.head_inputs, **data.get("HEAD_INPUTS", {})},
         data.get("BLOCKS", base.blocks),
+        data.get("OPTIONAL", base.optional),
+        data.get("STACKS", base.stacks),
+        data.get("STATES", base.states),
         data.get("BASE", base.base),
         data.get("REFUSED", base.refused),
     )

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..comm.regions import copy_for_partial, share_of_replicated, whole_of_share
 from ..errors import CheckpointError, PlanError, SeqParError
 from .attention import fastest_attention
-from .handles import GatheredInput, Handle, TokenShard
+from .handles import GatheredInput, Handle, ShardedLogits, TokenShard
 from .masking import positions_of_the_model
 from .norm import remake_of
 from .random import seed_of_state
@@ -30,10 +31,12 @@ from .rotary import within_sharded_block
 
 __all__ = [
     "HidesHandles",
+    "Passage",
     "ShardedBlock",
     "ShardedLayer",
     "ShardedModel",
     "ShardedTopModel",
+    "TokenDropout",
     "TokenwiseModule",
     "become",
 ]
@@ -85,24 +88,58 @@ def become(module: nn.Module, *mixins: type, before: bool = True) -> None:
 
 
 class TokenwiseModule:
-    """A module outside the layers that treats each token alone (the final norm): acts on the shard of a TokenShard.
+    """A module outside the layers that treats each token alone (the final norm, a head's linear): acts on the shard of a
+    TokenShard.
 
-    Its gradients are parts that are summed over the group, so where a gradient may be asked for it always acts on a shard.
+    Its gradients are parts that are summed over the group. Where every rank has the input whole (a pooled token) each rank
+    contributes its share of the gradient that all of them compute alike.
     """
 
     seqpar: ShardingState
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """TokenShard -> TokenShard; any other tensor as before."""
+        """TokenShard -> TokenShard; a plain [b, s, h] of the running forward too, while training; other tensors as before."""
         call, state = super().__call__, self.seqpar  # type: ignore[misc]
-        if not isinstance(input, TokenShard):
-            if not (state.sequence_parallel and torch.is_grad_enabled()):
-                return call(input, *args, **kwargs)  # type: ignore[no-any-return]
-            if input.dim() != 3:
-                raise SeqParError(f"{type(self).__name__} takes [b, s, h] while training, not {list(input.shape)}")
-            region = TokenRegion(input.shape[0], input.shape[1], True, state.groups, state.exchange)
-            input = TokenShard(region.local_of_replicated(input), region, state)
-        return TokenShard(call(input.local(), *args, **kwargs), input.region, state)
+        if isinstance(input, TokenShard):
+            output = call(input.local(), *args, **kwargs)
+            narrower = input._expected or output.shape[-1] < input.shape[-1]
+            return TokenShard(output, input.region, state, meant_whole=narrower)
+        if not (state.sequence_parallel and torch.is_grad_enabled()):
+            return call(input, *args, **kwargs)  # type: ignore[no-any-return]
+        if _is_all_tokens(input, state.region):
+            assert state.region is not None
+            return TokenShard(call(state.region.local_of_replicated(input), *args, **kwargs), state.region, state)
+        group = state.groups.tp_group
+        return share_of_replicated(call(whole_of_share(input, group), *args, **kwargs), group)
+
+
+class TokenDropout:
+    """Dropout outside the layers: other masks on every rank for tokens that are held in parts, the same for what all have."""
+
+    seqpar: ShardingState
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """TokenShard -> TokenShard; a plain [b, s, h] of the running forward too, while training; other tensors as before."""
+        call, state = super().__call__, self.seqpar  # type: ignore[misc]
+        region = state.region
+        if isinstance(input, TokenShard):
+            # Within a forward the stream is this rank's already.
+            alone = state.random.fork(seed_of_state(), per_rank=True) if region is None else nullcontext()
+            with alone:
+                return TokenShard(call(input.local()), input.region, state, meant_whole=input._expected)
+        if region is not None and not region.cut:
+            return call(input)  # type: ignore[no-any-return]
+        if state.sequence_parallel and torch.is_grad_enabled() and _is_all_tokens(input, region):
+            assert region is not None
+            return TokenShard(call(region.local_of_replicated(input)), region, state)
+        if not (self.training and self.p):  # type: ignore[attr-defined]
+            return call(input)  # type: ignore[no-any-return]
+        with state.random.fork(state.random.agreed_seed(), per_rank=False):
+            return call(input)  # type: ignore[no-any-return]
+
+
+def _is_all_tokens(x: Tensor, region: TokenRegion | None) -> bool:
+    return region is not None and x.dim() == 3 and tuple(x.shape[:2]) == (region.batch, region.seq)
 
 
 class ShardedBlock:
@@ -244,7 +281,13 @@ class _Guarded:
 
 
 class ShardedModel(_Guarded):
-    """The base model: decides how this forward's tokens lie, and shows its outputs as TokenShards."""
+    """The base model, or one of its stacks: decides how this forward's tokens lie, and shows its outputs as TokenShards.
+
+    `states` names arguments that are another stack's output; `stream` numbers the stacks, whose random numbers differ.
+    """
+
+    states: tuple[str, ...] = ()
+    stream: int = 0
 
     _shards: set[Path] | None = None  # where in the output of the call that is running the shards are
     _sharded: dict[str, nn.Module] | None = None
@@ -257,7 +300,8 @@ class ShardedModel(_Guarded):
         with self._guarded(args, kwargs) as seed:
             self._refuse_attentions(kwargs)
             region = state.region_for(*self._batch_and_seq(args, kwargs), together=not self._recomputes_reentrantly())
-            fork = state.random.fork(seed, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
+            args, kwargs = self._with_states(args, kwargs)
+            fork = state.random.fork(seed + self.stream, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
             own_positions = positions_of_the_model() if self._only_tokens(args, kwargs) else nullcontext()
             shards: set[Path] = set()
             outer, self._shards = self._shards, shards
@@ -327,6 +371,27 @@ class ShardedModel(_Guarded):
                     "kernels before deepspeed.initialize (with the HF Trainer: train before the first evaluation)"
                 )
 
+    def _with_states(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments, with another stack's output whole for the cross-attentions of all layers.
+
+        It is gathered once, and the gradients that the layers' linears give it, which are parts, are reduce-scattered once.
+        """
+        if not self.states:
+            return args, kwargs
+        names = [name for name in inspect.signature(self.forward).parameters if name != "self"]
+        args = tuple(self._whole(x) if name in self.states else x for name, x in zip(names, args, strict=False))
+        return args, {name: self._whole(x) if name in self.states else x for name, x in kwargs.items()}
+
+    def _whole(self, x: Any) -> Any:
+        if isinstance(x, TokenShard):
+            if torch.is_grad_enabled():
+                return x.region.full_for_partial(x.local())
+            x._expected = True
+            return x.materialise("cross-attention")  # kept: generate() gives the same one to every step
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            return copy_for_partial(x, self.seqpar.groups.tp_group)
+        return x
+
     def _refuse_attentions(self, kwargs: dict[str, Any]) -> None:
         asked = kwargs.get("output_attentions")
         if asked or (asked is None and getattr(self.config, "output_attentions", False)):  # type: ignore[attr-defined]
@@ -368,6 +433,43 @@ class HidesHandles:
             return x.source
 
         return _map(super().forward(*args, **kwargs), plain)  # type: ignore[misc]
+
+
+class Passage(HidesHandles):
+    """A module that handles go through: an encoder around its layers, a head around its linears.
+
+    To its hooks the inputs and outputs are the tensors that they are made of; to its own code and its caller they are handles.
+    """
+
+    _given: dict[Path, Handle] | None = None  # to the call that is running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        given: dict[Path, Handle] = {}
+
+        def plain(path: Path, x: Tensor) -> Tensor:
+            if not isinstance(x, TokenShard | ShardedLogits):
+                return x
+            if not x.is_untouched():
+                return x.materialise(type(self).__name__)
+            given[path] = x
+            return x.source
+
+        args, kwargs = _map(args, plain), _map(kwargs, plain, ("keyword",))
+        outer, self._given = self._given, given
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._given = outer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward, on handles again."""
+        given = self._given or {}
+
+        def as_given(path: Path, x: Tensor) -> Tensor:
+            return given[path].over(x) if path in given else x
+
+        return super().forward(*_map(args, as_given), **_map(kwargs, as_given, ("keyword",)))
 
 
 class ShardedTopModel(_Guarded, HidesHandles):

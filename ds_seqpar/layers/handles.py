@@ -9,7 +9,8 @@ Legend: b batch, s sequence, h hidden, V vocabulary, c = ceil(b*s/t).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 from ..errors import SeqParError
 from ..kernels.dispatch import is_plain
 from .region import ShardingState, TokenRegion
+from .token_operations import ACTIVATIONS, ARITHMETIC, features_of, picked_tokens, rows_like
 
 if TYPE_CHECKING:
     from .linear import ColumnParallelLinear, VocabParallelHead
@@ -47,7 +49,7 @@ _ELEMENTWISE = {
 _SUMS = {"add", "__add__", "__radd__", "sub", "__sub__"}
 _SCALINGS = {"mul", "__mul__", "__rmul__"}
 _ARITHMETIC = _ELEMENTWISE - {"to", "float", "half", "bfloat16", "contiguous"}
-_ELEMENTWISE_ON_TOKENS = _ELEMENTWISE | {"dropout", "clone", "detach"}
+_ELEMENTWISE_ON_TOKENS = _ELEMENTWISE | ACTIVATIONS | {"dropout", "clone", "detach"}
 
 
 def _name_of(func: Callable[..., Any]) -> tuple[str, bool]:
@@ -254,22 +256,39 @@ def _call_on_real(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> An
 class TokenShard(Handle):
     """[b, s, h] of which this rank holds `source` [1, c, h]: embeddings, layer outputs, the last hidden state.
 
-    Whole, it serves work that every rank repeats alike (pooling, a value head, a user's own loss).
+    Whole, it serves work that every rank repeats alike (pooling, a value head, a user's own loss). Sums with tensors that every
+    rank has, features of each token, and few tokens of all are taken without making it whole.
     """
 
     _elementwise = _ELEMENTWISE_ON_TOKENS
 
-    def __new__(cls, source: Tensor, region: TokenRegion, state: ShardingState) -> TokenShard:
-        """`source` [1, c, h], any floating dtype; layers that carry several streams have [1, c, streams, h]."""
+    def __new__(
+        cls, source: Tensor, region: TokenRegion, state: ShardingState, *, meant_whole: bool = False
+    ) -> TokenShard:
+        """`source` [1, c, h], any floating dtype; layers that carry several streams have [1, c, streams, h]. `meant_whole` if
+        gathering it is the plan and nothing to report: it is narrower than what it was made of."""
         shape = (region.batch, region.seq, *source.shape[2:])
-        return cls._make(shape, source, region, state, source.dtype)  # type: ignore[no-any-return]
+        handle = cls._make(shape, source, region, state, source.dtype)
+        handle._expected = meant_whole
+        return handle  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _name_of(func)[0]
+        result = None
+        if not kwargs and len(args) == 2 and (name == "__getitem__" or name in ARITHMETIC):
+            result = _on_parts(func, name, *args)
+        elif name in ("view", "reshape") and not kwargs and _is_shape_of(args[0], args[1:]):
+            result = args[0]
+        return super().__torch_function__(func, types, args, kwargs) if result is None else result
 
     def over(self, source: Tensor) -> Tensor:
-        return TokenShard(source, self.region, self.state)
+        return TokenShard(source, self.region, self.state, meant_whole=self._expected)
 
     def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
         # Outside a forward the ranks' generators run alike, and would give every rank's rows the same mask.
-        return super()._may_act(name, args, kwargs) and not (name == "dropout" and self.state.region is None)
+        draws = name == "dropout" and self.state.region is None
+        return super()._may_act(name, args, kwargs) and not draws and not kwargs.get("inplace")
 
     def _lies_as(self, other: Any) -> bool:
         alike = (
@@ -281,11 +300,54 @@ class TokenShard(Handle):
         return self.region.full_for_replicated(self.source)
 
     def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
-        return TokenShard(act(self.source), self.region, self.state)
+        return self.over(act(self.source))
 
     def local(self) -> Tensor:
         """This rank's rows [1, c, h]: the shard, or the rows of the whole once somebody has had it in hand."""
         return self.source if self._full is None else self.region.local_of_replicated(self._full)
+
+
+def _is_shape_of(handle: Any, sizes: Any, shape: Sequence[int] | None = None) -> bool:
+    """True if `view(*sizes)` of an untouched handle means its own shape, or the `shape` given."""
+    if not (isinstance(handle, Handle) and handle.is_untouched()):
+        return False
+    whole = list(handle.shape if shape is None else shape)
+    asked = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
+    return (
+        len(asked) == len(whole)
+        and asked.count(-1) <= 1
+        and all(mine in (-1, size) for mine, size in zip(asked, whole, strict=True))
+    )
+
+
+def _on_parts(func: Callable[..., Any], name: str, left: Any, right: Any) -> Tensor | None:
+    """`func` of tokens of which the ranks hold parts, and something else, without gathering them; None if it cannot be done."""
+    handles = [x for x in (left, right) if isinstance(x, TokenShard)]
+    first = handles[0]
+    for handle in handles:
+        _refuse_outside_graph(handle)
+    if not all(x.is_untouched() and x.region is first.region for x in handles):
+        return None
+    with torch.set_grad_enabled(first._grad_mode and torch.is_grad_enabled()):
+        if name == "__getitem__":
+            if left is not first or _selects_everything(right):
+                return None
+            features = features_of(first.source, right)
+            if features is None:
+                return picked_tokens(first.source, first.region, right)
+            narrower = first._expected or features.numel() < first.source.numel()
+            return TokenShard(features, first.region, first.state, meant_whole=narrower)
+        sides = [_side(x, first) for x in (left, right)]
+        return None if sides[0] is None or sides[1] is None else first.over(func(*sides))
+
+
+def _side(x: Any, tokens: TokenShard) -> Tensor | None:
+    """What of an operand stands beside this rank's rows of `tokens`; None if it has none, or is not a tensor of several numbers."""
+    if isinstance(x, TokenShard):
+        return x.source if x.shape == tokens.shape else None
+    if not isinstance(x, Tensor) or isinstance(x, Handle) or x.dim() == 0:
+        return None
+    return rows_like(x, tokens.source, tokens.region)
 
 
 class GatheredInput(Handle):
@@ -410,10 +472,26 @@ class GatedProduct(_Deferred):
         return self.compute(self.source) * self.up
 
 
-class ShardedLogits(Handle):
-    """[b, s, V] over `source` (the hidden rows that this rank holds) and the head's vocabulary shard; not computed yet.
+@dataclass(frozen=True)
+class _OverVocabulary:
+    """`func` of logits and one number for each entry of the vocabulary, `other` [V]; takes all of it or this rank's part."""
 
-    Scalings, casts and tanh are kept in `transforms` and replayed on whatever part of the logits is computed.
+    func: Callable[..., Tensor]
+    other: Tensor
+    start: int
+    stands_left: bool
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        width = logits.shape[-1]
+        other = self.other if width == self.other.numel() else self.other.narrow(0, self.start, width)
+        return self.func(other, logits) if self.stands_left else self.func(logits, other)
+
+
+class ShardedLogits(Handle):
+    """[b, s, V], or [T, V], over `source` (the hidden rows that this rank holds) and the head's vocabulary shard; not computed yet.
+
+    Scalings, casts, tanh and a bias over the vocabulary are kept in `transforms` and replayed on whatever part of the logits is
+    computed. torch's cross_entropy of [T, V] is the fused loss (layers/loss.py).
     """
 
     head: VocabParallelHead
@@ -421,7 +499,7 @@ class ShardedLogits(Handle):
     generation: int
 
     def over(self, source: Tensor) -> Tensor:
-        return ShardedLogits(source, self.region, self.head, self.transforms, self.dtype)
+        return self._like(source=source)
 
     def __new__(
         cls,
@@ -430,12 +508,54 @@ class ShardedLogits(Handle):
         head: VocabParallelHead,
         transforms: tuple[Callable[[Tensor], Tensor], ...] = (),
         dtype: torch.dtype | None = None,
+        *,
+        flat: bool = False,
     ) -> ShardedLogits:
-        """`source` in `region.local_shape`; `dtype` of the logits if a transform changed it."""
-        shape = (region.batch, region.seq, head.vocab_size)
-        handle = cls._make(shape, source, region, head.seqpar, dtype or source.dtype)
+        """`source` in `region.local_shape`; `dtype` of the logits if a transform changed it; `flat` for [T, V]."""
+        tokens = (region.tokens,) if flat else (region.batch, region.seq)
+        handle = cls._make((*tokens, head.vocab_size), source, region, head.seqpar, dtype or source.dtype)
         handle.head, handle.transforms, handle.generation = head, transforms, head.seqpar.generation
         return handle  # type: ignore[no-any-return]
+
+    def _like(
+        self,
+        *,
+        source: Tensor | None = None,
+        then: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        flat: bool | None = None,
+    ) -> Tensor:
+        transforms = self.transforms if then is None else (*self.transforms, then)
+        return ShardedLogits(
+            self.source if source is None else source,
+            self.region,
+            self.head,
+            transforms,
+            dtype or self.dtype,
+            flat=self.dim() == 2 if flat is None else flat,
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _name_of(func)[0]
+        result = None
+        if name == "cross_entropy":
+            from .loss import cross_entropy_of
+
+            result = cross_entropy_of(*args, **(kwargs or {}))
+        elif name in ("view", "reshape") and not kwargs and isinstance(args[0], ShardedLogits):
+            result = args[0]._reshaped(args[1:])
+        elif name in ARITHMETIC and not kwargs and len(args) == 2:
+            result = _over_vocabulary(func, *args)
+        return super().__torch_function__(func, types, args, kwargs) if result is None else result
+
+    def _reshaped(self, sizes: tuple[Any, ...]) -> Tensor | None:
+        """The handle as [b, s, V] or [T, V]; None for any other shape."""
+        region, width = self.region, self.head.vocab_size
+        for flat, shape in ((True, (region.tokens, width)), (False, (region.batch, region.seq, width))):
+            if _is_shape_of(self, sizes, shape):
+                return self._like(flat=flat)
+        return None
 
     def _autograd(self, name: str) -> Any:
         """A head that is trained alone gives logits a gradient that their source does not have."""
@@ -454,8 +574,22 @@ class ShardedLogits(Handle):
         logits = self.head.gathered_logits(self.source, self.region)
         for transform in self.transforms:
             logits = transform(logits)
-        return logits
+        return logits.view(self.shape)
 
     def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
-        dtype = act(torch.empty(1, dtype=self.dtype, device=self.device)).dtype
-        return ShardedLogits(self.source, self.region, self.head, (*self.transforms, act), dtype)
+        return self._like(then=act, dtype=act(torch.empty(1, dtype=self.dtype, device=self.device)).dtype)
+
+
+def _over_vocabulary(func: Callable[..., Tensor], left: Any, right: Any) -> Tensor | None:
+    """Logits and one number for each entry of the vocabulary, such as a bias that is no parameter; None for anything else."""
+    logits, other = (left, right) if isinstance(left, ShardedLogits) else (right, left)
+    if not isinstance(logits, ShardedLogits) or not isinstance(other, Tensor) or isinstance(other, Handle):
+        return None
+    vocabulary = other.dim() in range(1, logits.dim() + 1) and other.numel() == other.shape[-1] == logits.shape[-1]
+    if not vocabulary or other.requires_grad or not logits.is_untouched():
+        return None
+    _refuse_outside_graph(logits)
+    act = _OverVocabulary(func, other.detach().clone().view(-1), logits.head.vocab_start, other is left)
+    dtype = torch.promote_types(logits.dtype, other.dtype)
+    with torch.set_grad_enabled(logits._grad_mode and torch.is_grad_enabled()):
+        return logits._like(then=act, dtype=dtype)

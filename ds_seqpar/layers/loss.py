@@ -20,7 +20,7 @@ from ..kernels.cross_entropy import gradient_, scaled, statistics
 from .handles import ShardedLogits
 from .region import TokenRegion
 
-__all__ = ["CausalLMLoss", "vocab_parallel_linear_cross_entropy"]
+__all__ = ["CausalLMLoss", "cross_entropy_of", "vocab_parallel_linear_cross_entropy"]
 
 Transforms = tuple[Callable[[Tensor], Tensor], ...]
 
@@ -196,6 +196,44 @@ def vocab_parallel_linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _fused(logits: ShardedLogits, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(summed loss, counted labels) of logits and the targets [T] of all tokens."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and logits._grad_mode):
+        return logits.head.loss(
+            logits.source,
+            logits.region,
+            targets,
+            vocab_size=logits.head.vocab_size,
+            chunk_tokens=logits.state.loss_chunk_tokens,
+            ignore_index=ignore_index,
+            transforms=logits.transforms,
+        )
+
+
+def cross_entropy_of(
+    input: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """`torch.nn.functional.cross_entropy` of ShardedLogits [T, V] and class indices [T], a scalar in fp32 or wider.
+
+    Returns None for what is not fused: class weights, smoothing, probabilities as targets, logits that somebody had whole.
+    """
+    if not (isinstance(input, ShardedLogits) and input.is_untouched() and input.dim() == 2):
+        return None
+    plain = weight is None and size_average is None and reduce is None and not label_smoothing
+    indices = type(target) is Tensor and target.dtype is torch.int64 and target.shape == input.shape[:1]
+    if not (plain and indices and reduction in ("mean", "sum")):
+        return None
+    total, counted = _fused(input, target, ignore_index)
+    return total if reduction == "sum" else total / counted
+
+
 class CausalLMLoss:
     """Stands in for the model's `loss_function`; same signature and value as Hugging Face's causal-LM loss.
 
@@ -228,16 +266,7 @@ class CausalLMLoss:
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch,
                 ignore_index=ignore_index, shift_labels=shift_labels, **kwargs,
             )  # fmt: skip
-        with torch.set_grad_enabled(torch.is_grad_enabled() and logits._grad_mode):
-            total, counted = logits.head.loss(
-                logits.source,
-                logits.region,
-                targets.reshape(-1).to(logits.source.device),
-                vocab_size=vocab_size,
-                chunk_tokens=logits.state.loss_chunk_tokens,
-                ignore_index=ignore_index,
-                transforms=logits.transforms,
-            )
+        total, counted = _fused(logits, targets.reshape(-1).to(logits.source.device), ignore_index)
         if num_items_in_batch is None:
             return total / counted
         if isinstance(num_items_in_batch, Tensor):

@@ -10,7 +10,7 @@ from ..families import Family
 from .cuts import Cut
 from .facts import ModelFacts
 from .model_plan import BlockPlan, ModelPlan, ModulePlan
-from .patterns import matches, starred
+from .patterns import matches, matches_in, starred
 from .sections import Sections, UncuttableError
 from .styles import CONVENTIONAL, NORMS_OVER_HEADS, ROLES_BY_NAME, ROUTER_NAMES, BlockKind, Role, Style
 from .words import BY_NAME, TRANSFORMERS, USERS, Word, Words, data_file_of
@@ -206,7 +206,11 @@ class BlockPlanner:
             return True
         if style in (None, Style.WHOLE, Style.LATENT):
             return False
-        if style is Style.EMBEDDING:
+        if style is Style.EMBEDDING_COLUMN and module.role == "embedding":
+            cuts = {"weight": self.sections.cut(block, name, 1, module.shapes["weight"][1], self._roles(name))}
+            self.result.modules[name] = ModulePlan(name, style, cuts, why)
+            return True
+        if style in (Style.EMBEDDING, Style.EMBEDDING_COLUMN):
             raise PlanError(f"{name}: style {style.value!r} is known for the vocabulary only, not inside the model")
         if module.role != "linear":
             raise PlanError(f"{name}: style {style.value!r} needs an nn.Linear, not {module.type_name}")
@@ -285,7 +289,7 @@ class BlockPlanner:
             if matches(pattern, name):
                 return tuple(Role(word) for word in words)
         for pattern, words in self.family.roles.items():
-            if matches(self.facts.full_name(pattern), name):
+            if matches_in(self.facts, pattern, name):
                 return tuple(Role(word) for word in words)
         leaf = name.rpartition(".")[2]
         if is_attention and leaf in (

@@ -39,11 +39,26 @@ class ModelFacts:
     head_dim: int
     hidden_size: int
     block_heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # where a block's differ from the model's
+    stacks: tuple[
+        str, ...
+    ] = ()  # an encoder and a decoder, each called with tokens of its own, where there are several
+    more_embeddings: tuple[str, ...] = ()  # further tables over the vocabulary, tied to `embedding` or not
+    tied: Mapping[str, str] = field(default_factory=dict)  # parameter -> the first parameter that is the same object
 
     def heads_of(self, block: str) -> tuple[int, int]:
         """(query heads, kv heads) of an attention block."""
         return self.block_heads.get(block, (self.num_heads, self.num_kv_heads))
 
-    def full_name(self, relative: str) -> str:
-        """A name relative to the base model, made full."""
-        return f"{self.base}.{relative}" if self.base else relative
+    @property
+    def has_other_parts(self) -> bool:
+        """True if there is more than a language model: towers, whose tokens are others."""
+        return self.text_type != self.model_type
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Names of the modules that are called with tokens, and cut them: the base model, or each of its stacks."""
+        return self.stacks or (self.base,)
+
+    def full_names(self, relative: str) -> tuple[str, ...]:
+        """A name relative to a base, made full: one for each base."""
+        return tuple(f"{base}.{relative}" if base else relative for base in self.bases)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .facts import ModuleFacts
+from .facts import ModelFacts, ModuleFacts
 
-__all__ = ["all_names", "child_of", "layer_of", "matches", "starred"]
+__all__ = ["all_names", "child_of", "layer_of", "matches", "matches_in", "starred"]
 
 
 def all_names(modules: Mapping[str, ModuleFacts]) -> list[str]:
@@ -27,6 +27,11 @@ def starred(name: str) -> str:
 def matches(pattern: str, name: str) -> bool:
     """True if `name` is `pattern` with each `*` standing for one part of it."""
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), name) is not None
+
+
+def matches_in(facts: ModelFacts, relative: str, name: str) -> bool:
+    """`matches`, for a pattern relative to the model's base, or to each of its stacks."""
+    return any(matches(pattern, name) for pattern in facts.full_names(relative))
 
 
 def layer_of(name: str) -> str | None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from ..errors import PlanError
 from ..families import Family
 from .blocks import BlockPlanner
+from .cuts import Cut
 from .facts import ModelFacts
 from .model_plan import ModelPlan, ModulePlan
-from .patterns import child_of, layer_of, matches
+from .patterns import child_of, layer_of, matches_in
 from .sections import Sections
 from .styles import Role, Style
 from .words import Word, read_words
@@ -53,16 +54,14 @@ class _Planner:
     def _find_layers(self, words: Mapping[str, Word]) -> None:
         """Layers are the numbered modules that hold planned ones, and their neighbours in the same list."""
         lists = {layer.rpartition(".")[0] for layer in map(layer_of, words) if layer is not None}
-        base = f"{self.facts.base}." if self.facts.base else ""
         for name in self.facts.modules:
             layer = layer_of(f"{name}.")
-            if (
-                layer
-                and layer.rpartition(".")[0] in lists
-                and layer.startswith(base)
-                and layer not in self.result.layers
-            ):
+            if layer and layer.rpartition(".")[0] in lists and self._in_base(layer) and layer not in self.result.layers:
                 self.result.layers.append(layer)
+
+    def _in_base(self, name: str) -> bool:
+        """True if the module `name` stands in the base model, or in one of its stacks."""
+        return any(name.startswith(f"{base}." if base else "") and name != base for base in self.facts.bases)
 
     def _blocks(self) -> dict[str, list[str]]:
         """Child of a layer -> the modules with parameters in it (itself too)."""
@@ -76,13 +75,18 @@ class _Planner:
     def _block_of(self, layer: str, name: str) -> str:
         parts = name.split(".")
         around = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
-        given = next((n for n in around if any(matches(self.facts.full_name(p), n) for p in self.family.blocks)), None)
+        given = next((n for n in around if any(matches_in(self.facts, p, n) for p in self.family.blocks)), None)
         return given or child_of(layer, name)
 
+    def _tables(self) -> list[str]:
+        """The embeddings over the vocabulary."""
+        return [name for name in (self.facts.embedding, *self.facts.more_embeddings) if name is not None]
+
     def _plan_vocabulary(self) -> None:
-        for name, style in ((self.facts.embedding, Style.EMBEDDING), (self.facts.head, Style.HEAD)):
-            if name is None:
-                continue
+        tables = self._tables()
+        head = () if self.facts.head is None else (self.facts.head,)
+        held: dict[str, Cut] = {}
+        for name, style in (*((t, Style.EMBEDDING) for t in tables), *((h, Style.HEAD) for h in head)):
             module = self.facts.modules.get(name)
             if module is None or module.role != ("embedding" if style is Style.EMBEDDING else "linear"):
                 kind = "not found" if module is None else module.type_name
@@ -97,13 +101,32 @@ class _Planner:
             cut = self.sections.cut(None, name, 0, module.shapes["weight"][0], (Role.EVEN,))
             cuts = {parameter: cut for parameter in module.shapes if parameter not in more}
             self.result.modules[name] = ModulePlan(name, style, cuts, "the vocabulary is always cut")
+            held |= {self._first(f"{name}.{key}"): cut for key, cut in cuts.items()}
+        self._plan_tied(held)
         if self.facts.embedding is None:
             self.result.remarks.append(
                 "no input embedding was found; what makes the hidden states is repeated by every rank"
             )
 
+    def _first(self, parameter: str) -> str:
+        return self.facts.tied.get(parameter, parameter)
+
+    def _plan_tied(self, held: Mapping[str, Cut]) -> None:
+        """A module that also holds a parameter of the vocabulary, such as the head's bias, holds its part of it."""
+        for name, module in self.facts.modules.items():
+            cuts = {key: held.get(self._first(f"{name}.{key}")) for key in module.shapes}
+            if name in self.result.modules or not any(cuts.values()):
+                continue
+            if module.role != "other" or not all(cuts.values()):
+                raise PlanError(
+                    f"{name} ({module.type_name}) shares {[key for key, cut in cuts.items() if cut]} with the embedding or the head, "
+                    "which are cut by vocabulary; untie it"
+                )
+            shared = {key: cut for key, cut in cuts.items() if cut is not None}
+            self.result.modules[name] = ModulePlan(name, Style.SHARED, shared, "shared with the head")
+
     def _place_the_rest(self, in_layers: set[str], words: Mapping[str, Word]) -> None:
-        base = f"{self.facts.base}." if self.facts.base else ""
+        tables = self._tables()
         for name, module in self.facts.modules.items():
             if name in self.result.modules or name in in_layers:
                 continue
@@ -112,9 +135,9 @@ class _Planner:
                 if unknown:
                     raise PlanError(f"layer {name} itself owns parameters {unknown}; no plan says what becomes of them")
                 self.result.tokenwise.append(name)
-            elif self.facts.embedding is not None and name.startswith(f"{self.facts.embedding}."):
+            elif any(name.startswith(f"{table}.") for table in tables):
                 self.result.tokenwise.append(name)
-            elif name.startswith(base) and name != self.facts.base:
+            elif self._in_base(name):
                 self.result.between.append(name)
                 if words.get(name, (None, ""))[0] in (Style.COLUMN, Style.ROW, Style.PACKED_COLUMN):
                     raise PlanError(

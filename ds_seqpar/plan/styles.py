@@ -17,6 +17,7 @@ class Style(str, Enum):
     HEAD = "colwise_gather_output"  # the language-model head; inside a layer, a column-parallel linear
     ROW_OF_WHOLE = "rowwise_split_input"  # its counterpart: a row-parallel linear
     EMBEDDING = "embedding_rowwise"
+    EMBEDDING_COLUMN = "embedding_colwise"  # an embedding inside a block, cut by heads: relative position biases
     WHOLE_COLUMN = "replicate"  # an embedding, which is cut by vocabulary all the same
     PARTIAL = "replicated_with_grad_allreduce"
     LATENT = "mla_kv_a_proj"  # computed on this rank's tokens, then gathered: the latent is narrower than the input
@@ -28,6 +29,7 @@ class Style(str, Enum):
     WHOLE = "whole"  # ours: every rank repeats the block on all tokens
     ONCE = "added_once"  # ours: a bias of experts, added by the first rank alone
     TOKENWISE = "tokenwise"  # ours: runs on this rank's tokens
+    SHARED = "shared"  # ours: holds parameters of the vocabulary that another module uses
     ROUTER = "router"  # ours: chooses experts, alike on every rank
 
 

@@ -41,18 +41,24 @@ def read_words(facts: ModelFacts, family: Family, users: Mapping[str, str]) -> W
     """Every word of the three plans, by the name that it is about. Raises PlanError for one that fits nothing, or twice."""
     found: dict[str, Word] = {}
     roles_of: dict[str, tuple[str, ...]] = {}
-    styles = {pattern: (word, TRANSFORMERS) for pattern, word in facts.tp_plan.items()}
+    styles: dict[tuple[str, ...], tuple[str, str]] = {
+        (pattern,): (word, TRANSFORMERS) for pattern, word in facts.tp_plan.items()
+    }
     for pattern, word in family.styles.items():
-        styles[facts.full_name(pattern)] = (word, data_file_of(facts))
+        styles[facts.full_names(pattern)] = (word, data_file_of(facts))
     for pattern, word in users.items():
         word, _, roles = word.partition(":")
         if roles:
             roles_of[pattern] = _roles_of(pattern, roles)
-        styles[pattern] = (word, USERS)
+        styles[(pattern,)] = (word, USERS)
+    optional = {facts.full_names(pattern) for pattern in family.optional}
     names = all_names(facts.modules)
-    for pattern, (word, why) in styles.items():
-        hits = [name for name in names if matches(pattern, name)]
-        if not hits and why != TRANSFORMERS:  # theirs is written for every configuration of the type
+    for patterns, (word, why) in styles.items():
+        pattern = " or ".join(patterns)
+        hits = [name for name in names if any(matches(p, name) for p in patterns)]
+        if (
+            not hits and why != TRANSFORMERS and patterns not in optional
+        ):  # theirs is for every configuration of the type
             close = difflib.get_close_matches(pattern, {starred(name) for name in names}, n=3, cutoff=0.5)
             raise PlanError(
                 f"plan pattern {pattern!r} ({why}) matches no module of this {facts.model_type} model; near it are {close}"

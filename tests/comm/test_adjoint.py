@@ -178,6 +178,8 @@ def _check_shares() -> None:
     (share,) = torch.autograd.grad(y, x, dy)
     dist.all_reduce(share)
     torch.testing.assert_close(share, dy, rtol=1e-12, atol=1e-12)
+    (between,) = torch.autograd.grad(regions.share_of_replicated(regions.whole_of_share(x, group), group), x, dy)
+    torch.testing.assert_close(between, dy, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -186,7 +188,7 @@ def test_the_shares_of_a_replicated_gradient_sum_to_it(world: int) -> None:
 
 
 def test_every_edge_is_tested() -> None:
-    assert {*EDGES, "share_of_replicated"} == set(regions.__all__)
+    assert {*EDGES, "share_of_replicated", "whole_of_share"} == set(regions.__all__)
 
 
 def _keeps_nothing() -> None:

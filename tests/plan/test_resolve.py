@@ -344,6 +344,9 @@ def test_a_family_file_is_data() -> None:
                 "LIKE",
                 "HEAD_INPUTS",
                 "BLOCKS",
+                "OPTIONAL",
+                "STACKS",
+                "STATES",
                 "BASE",
                 "REFUSED",
             )

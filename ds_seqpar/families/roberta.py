@@ -1,0 +1,3 @@
+"""RoBERTa."""
+
+LIKE = "bert"
