@@ -23,6 +23,7 @@ import torch.distributed as dist
 from ds_seqpar.comm import exchange
 
 ON_GPU = os.environ.get("DS_SEQPAR_TEST_DEVICE") == "cuda"
+SHARE_ONE_GPU = os.environ.get("DS_SEQPAR_TEST_ONE_GPU") == "1"
 if ON_GPU:
     exchange._LEAST_BYTES = 0  # tiny models, too, are exchanged by the copy engines
 __all__ = ["RankError", "run_ranks"]
@@ -46,8 +47,10 @@ def run_ranks(
 ) -> list[Any]:
     """Calls `function(*args)` on `world` ranks; returns what each returned.
 
-    `deepspeed`: initialise deepspeed.comm too. `one_gpu`: the ranks share the first GPU and talk over gloo.
+    `deepspeed`: initialise deepspeed.comm too. `one_gpu`: the ranks share the first GPU, read each other's memory in it by the
+    copy engines and otherwise talk over gloo; DS_SEQPAR_TEST_ONE_GPU=1 says so for every test.
     """
+    one_gpu = one_gpu or (ON_GPU and SHARE_ONE_GPU)
     if one_gpu and not (ON_GPU and torch.cuda.device_count()):
         pytest.skip("needs a GPU: set DS_SEQPAR_TEST_DEVICE=cuda where there is one")
     if ON_GPU and not one_gpu and world > torch.cuda.device_count():
@@ -98,6 +101,8 @@ def _rank(
         if ON_GPU:
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = str(int(one_gpu))
             torch.cuda.set_device(0 if one_gpu else rank)
+        if one_gpu:
+            exchange.Exchange._why_not = lambda *_: None  # type: ignore[method-assign]  # which no user's run does
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
         if deepspeed:
             import deepspeed.comm
