@@ -93,14 +93,15 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     result, error = None, None
+    gpu = 0 if one_gpu else rank
     try:
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+            RANK=str(rank), LOCAL_RANK=str(gpu), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
         backend = "nccl" if ON_GPU and not one_gpu else "gloo"
         if ON_GPU:
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = str(int(one_gpu))
-            torch.cuda.set_device(0 if one_gpu else rank)
+            torch.cuda.set_device(gpu)
         if one_gpu:
             exchange.Exchange._why_not = lambda *_: None  # type: ignore[method-assign]  # which no user's run does
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)

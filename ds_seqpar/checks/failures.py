@@ -24,13 +24,22 @@ _SIGNS = (
     "pair closure",
 )
 """What torch's communication libraries write into a plain RuntimeError when a peer is gone or late."""
+_STOPPED_GPU = "unspecified launch failure"
+"""What CUDA says after a barrier of symmetric memory has waited too long; a broken kernel may cause it too."""
 
 
 def is_of_another_rank(problem: BaseException) -> bool:
     """Whether `problem` was raised here because of what happened to another rank."""
     if isinstance(problem, SeqParError | torch.OutOfMemoryError) or not isinstance(problem, RuntimeError):
         return False
-    return isinstance(problem, dist.DistError) or any(sign in str(problem).lower() for sign in _SIGNS)
+    return isinstance(problem, dist.DistError) or any(sign in str(problem).lower() for sign in (*_SIGNS, _STOPPED_GPU))
+
+
+def _first_line(problem: BaseException) -> str:
+    line = str(problem).strip().splitlines()[0][:200]
+    if _STOPPED_GPU in line:
+        line += '; unless a line "CUDASymmetricMemory::barrier" above names the ranks, a kernel of this one failed'
+    return line
 
 
 def explained(call: Callable[..., Any], what: str, step: Callable[[], int], timeout_s: int) -> Callable[..., Any]:
@@ -51,7 +60,7 @@ def explained(call: Callable[..., Any], what: str, step: Callable[[], int], time
             raise RankLostError(
                 f"rank {dist.get_rank()} stopped in {what}, step {step()}: a collective failed, because another rank ended, raised an "
                 f"error, or did not arrive within {limit}. The cause stands in the output of another rank; start again from the last "
-                f"checkpoint, which is complete ({str(problem).strip().splitlines()[0][:200]})"
+                f"checkpoint, which is complete ({_first_line(problem)})"
             ) from problem
 
     return explaining

@@ -8,6 +8,7 @@ and the next use waits for it. All ranks make the same calls in the same order, 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class SymmetricMemory:
         return hasattr(symm_mem, "rendezvous") and hasattr(symm_mem, "empty")
 
     def __init__(self, group: ProcessGroup) -> None:
+        """A barrier waits as long as a collective of `group` would, and then stops this rank's GPU with an error."""
         self._group = group
         self._slots: list[Slot] = []  # the one given back longest ago comes first
         self.stream = torch.cuda.Stream(priority=-1)  # a barrier is placed before the next tiles of a product
@@ -89,8 +91,13 @@ class SymmetricMemory:
             if not slot.in_use and slot.unread is None:
                 slot.unread = met
 
+    @functools.cached_property
+    def _limit_ms(self) -> int:
+        backend = self._group._get_backend(torch.device("cuda", torch.cuda.current_device()))
+        return round(backend.options._timeout.total_seconds() * 1e3)
+
     def _meet(self) -> None:
-        self._slots[0].handle.barrier(channel=0)
+        self._slots[0].handle.barrier(channel=0, timeout_ms=self._limit_ms)
 
     def _allocate(self, nbytes: int) -> Slot:
         import torch.distributed._symmetric_memory as symm_mem
