@@ -8,6 +8,14 @@ from collections.abc import Callable, Sequence
 
 from .errors import SeqParError
 from .families import RESULTS
+from .planner.command import (
+    calibrate_arguments,
+    info_arguments,
+    plan_arguments,
+    run_calibrate,
+    run_info,
+    run_plan,
+)
 
 __all__ = ["COMMANDS", "main", "table"]
 
@@ -67,20 +75,79 @@ def _families(options: argparse.Namespace) -> int:
     return 0
 
 
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=["bash", "zsh"])
+
+
+def _completion(options: argparse.Namespace) -> int:
+    """Prints the script that completes `ds_seqpar` in a shell: eval "$(ds_seqpar completion bash)"."""
+    print(completion_script(options.shell))
+    return 0
+
+
+def completion_script(shell: str) -> str:
+    """For the installed command `ds_seqpar`: commands, then their options, then files."""
+    words = {}
+    for name, (add_arguments, _) in COMMANDS.items():
+        parser = argparse.ArgumentParser(name)
+        add_arguments(parser)
+        words[name] = " ".join(option for action in parser._actions for option in action.option_strings)
+    cases = "\n".join(
+        f'    {name}) COMPREPLY+=($(compgen -W "{options}" -- "$word"));;' for name, options in words.items()
+    )
+    setup = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    return f"""{setup}_ds_seqpar() {{
+  local word="${{COMP_WORDS[COMP_CWORD]}}"
+  COMPREPLY=()
+  if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "{" ".join(words)}" -- "$word")); return; fi
+  case "${{COMP_WORDS[1]}}" in
+{cases}
+  esac
+  COMPREPLY+=($(compgen -f -- "$word"))
+}}
+complete -F _ds_seqpar ds_seqpar"""
+
+
 COMMANDS: dict[str, tuple[AddArguments, Run]] = {
     "export": (_export_arguments, _export),
     "families": (_no_arguments, _families),
+    "plan": (plan_arguments, run_plan),
+    "calibrate": (calibrate_arguments, run_calibrate),
+    "info": (info_arguments, run_info),
+    "completion": (_completion_arguments, _completion),
 }
 
+EXAMPLES = """\
+examples:
+  python -m ds_seqpar plan llama --seq 131072 --gpus 8 --gpu-memory 80GiB
+        what fits a Llama of transformers' default sizes on 8 GPUs, best first, with the time of a step
+  python -m ds_seqpar plan my-checkpoint --seq 65536 --gpus 16 --nodes 2 --write ds.json
+        the same for a checkpoint folder, and the DeepSpeed JSON of the best choice
+  python -m ds_seqpar info my-checkpoint
+        versions, GPUs, and what becomes of every module of the model
+  python -m ds_seqpar COMMAND --help
+        everything about a command
+"""
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; errors of ours go to stderr in one line, with exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m ds_seqpar")
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ds_seqpar",
+        description="Megatron tensor + sequence parallelism for Hugging Face models under DeepSpeed. Training itself needs no command: "
+        'add "ds_seqpar": {"tp_size": 2} to your DeepSpeed JSON.',
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (add_arguments, run) in COMMANDS.items():
         about = (run.__doc__ or "").strip().splitlines()[0]
         add_arguments(commands.add_parser(name, help=about, description=about))
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; errors of ours go to stderr in one line, with exit status 1."""
+    options = _parser().parse_args(argv)
     try:
         return COMMANDS[options.command][1](options)
     except SeqParError as problem:

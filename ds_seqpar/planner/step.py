@@ -28,7 +28,7 @@ from ..plan.resolve import resolve
 from .stand_ins import AlikeInputs, ModelledExchange, NoRandom, as_on_gpu, fake_groups, truthful
 from .trace import BLOCK, Segment, Tracker, Work
 
-__all__ = ["LayerKinds", "StepTrace", "trace_step"]
+__all__ = ["LayerKinds", "StepTrace", "trace_step", "without_memory"]
 
 
 def _backward(loss: Tensor) -> None:
@@ -170,15 +170,17 @@ def trace_step(
     Raises:
         PlanError: the model cannot be sharded exactly, or its code asks for values while it runs.
     """
-    with fake_groups(key.tp_size, tp_rank) as groups:
+    with warnings.catch_warnings(), fake_groups(key.tp_size, tp_rank) as groups:
+        warnings.simplefilter(
+            "ignore"
+        )  # of no use to who plans; fake tensors warn about data_ptr(), compared with itself only
         model = planned_model(config, dtype)
         if lora_rank:
             _adapt(model, lora_rank)
         kinds = _prune(model, key, every_layer)
         tracker = Tracker(BLOCK if on_gpu else 1)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode:
-            _without_memory(model)
+        without_memory(model, mode)
         try:
             return _Run(model, key, groups, kinds, tracker, mode, on_gpu, plain).trace(batch, seq)
         except SeqParError:
@@ -240,12 +242,14 @@ def _signature(model: Any, name: str, index: int, count: int) -> Any:
     return tuple(parts), lists
 
 
-def _without_memory(model: nn.Module) -> None:
+def without_memory(model: nn.Module, mode: FakeTensorMode | None = None) -> None:
     """Fake tensors on the CPU in place of meta tensors, tied ones still tied."""
     made: dict[int, Any] = {}
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(x: Tensor) -> Tensor:
-        return torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        with mode:
+            return torch.empty(x.shape, dtype=x.dtype, device="cpu")
 
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -316,8 +320,6 @@ class _Run:
         tracker.exclude(*model.parameters(), *model.buffers())
         tracker.parameters = list(model.parameters())
         with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # fake tensors warn about data_ptr(), which is compared with itself only
             stack.enter_context(self.mode)
             ids = torch.empty((batch, seq), dtype=torch.int64)
             stack.enter_context(truthful())

@@ -171,9 +171,12 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor]) -> None:
+        if func.namespace == "prim":  # asks for a device
+            return
         packet = func._overloadpacket
-        if packet in flop_registry:
-            flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
+        counter = flop_registry.get(packet, flop_registry.get(_IN_PLACE.get(packet)))
+        if counter is not None:
+            flops = float(counter(*args, **kwargs, out_val=out))
             if "attention" in packet.__name__:
                 self.attends(flops, backward="backward" in packet.__name__)
             else:
@@ -184,6 +187,9 @@ class Tracker(TorchDispatchMode):
             self.travels("collective", max((x.nbytes for x in given), default=0))
             return
         if func.is_view or packet.__name__ in _FREE:
+            return
+        if packet.__name__ == "embedding":  # reads the rows that it finds
+            self.work.traffic_bytes += 2 * _bytes(results[0])
             return
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         written = (
@@ -225,6 +231,8 @@ class Tracker(TorchDispatchMode):
             )
 
 
+_IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+"""Products into a sum that is there already, which torch's table of FLOPs leaves out."""
 _FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "set_", "record_stream", "lift_fresh",
     "_unsafe_view", "resize_", "_assert_async", "alias",

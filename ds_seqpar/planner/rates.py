@@ -1,0 +1,115 @@
+"""Measured rates of a GPU and its links: what turns counted work into time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+__all__ = ["Rates", "cache_file", "load_rates", "save_rates", "scaled"]
+
+Points = tuple[tuple[int, float], ...]
+"""(tokens of a forward, rate) in rising order; between them by the logarithm of the tokens, beyond them as at the end."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """`source` says where each figure is from. Causal attention counts half its square, here as in the count of work."""
+
+    name: str
+    source: str
+    gemm_tflops: Points
+    attention_forward_tflops: Points
+    attention_backward_tflops: Points
+    traffic_gb_per_s: float  # of everything that is no product and no attention
+    peer_gb_per_s: float  # received by a GPU from its tensor-parallel group
+    exposed_us_per_transfer: float  # of a transfer that overlaps; the rest of it hides
+    optimizer_ps_per_parameter: float  # of what a rank updates
+    node_gb_per_s: float = 40.0  # a GPU's share of the links between nodes: an assumption, 400 Gb/s at 80 %
+
+    def at(self, points: Points, tokens: int) -> float:
+        """The rate of a forward of `tokens`."""
+        if tokens <= points[0][0]:
+            return points[0][1]
+        for (t0, r0), (t1, r1) in pairwise(points):
+            if tokens <= t1:
+                return r0 + (r1 - r0) * math.log(tokens / t0) / math.log(t1 / t0)
+        return points[-1][1]
+
+
+def _shipped() -> dict[str, Rates]:
+    return {path.stem: _read(path) for path in sorted(Path(__file__).with_name("rates").glob("*.json"))}
+
+
+def _read(path: Path) -> Rates:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+        known = {field.name for field in fields(Rates)}
+        if unknown := set(values) - known:
+            raise ConfigError(f"{path} has unknown fields {sorted(unknown)}; known fields: {sorted(known)}")
+        for name, value in values.items():
+            if name.endswith("_tflops"):
+                values[name] = tuple((int(tokens), float(rate)) for tokens, rate in value)
+        rates = Rates(**values)
+        positive = [x for x in asdict(rates).values() if isinstance(x, float)]
+        positive += [rate for p in vars(rates).values() if isinstance(p, tuple) for _, rate in p]
+        if not all(x > 0 and math.isfinite(x) for x in positive):
+            raise ConfigError(f"{path} holds a rate that is not positive")
+        return rates
+    except (OSError, TypeError, ValueError) as problem:
+        if isinstance(problem, ConfigError):
+            raise
+        raise ConfigError(
+            f"{path} is no file of rates (`python -m ds_seqpar calibrate` makes one): {problem}"
+        ) from problem
+
+
+def cache_file() -> Path:
+    """Where `calibrate` saves and `plan` looks."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "ds_seqpar" / "rates.json"
+
+
+def load_rates(wanted: str | None = None) -> Rates:
+    """By a shipped name or a file; without `wanted` what was calibrated on this machine, or H200's.
+
+    Raises ConfigError if there are none of that name.
+    """
+    shipped = _shipped()
+    if wanted is None:
+        return _read(cache_file()) if cache_file().exists() else shipped["h200"]
+    if wanted in shipped:
+        return shipped[wanted]
+    if Path(wanted).exists():
+        return _read(Path(wanted))
+    raise ConfigError(f"there are no rates {wanted!r}; use one of {sorted(shipped)}, or a file that `calibrate` made")
+
+
+def save_rates(rates: Rates, path: Path) -> None:
+    """Writes them as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(rates), indent=2) + "\n")
+
+
+def scaled(rates: Rates, name: str, source: str, *, compute: float, bandwidth: float) -> Rates:
+    """Rates of a GPU that was not measured, from one that was, by the ratios of their data sheets."""
+
+    def times(points: Points) -> Points:
+        return tuple((tokens, rate * compute) for tokens, rate in points)
+
+    return replace(
+        rates,
+        name=name,
+        source=source,
+        gemm_tflops=times(rates.gemm_tflops),
+        attention_forward_tflops=times(rates.attention_forward_tflops),
+        attention_backward_tflops=times(rates.attention_backward_tflops),
+        traffic_gb_per_s=rates.traffic_gb_per_s * bandwidth,
+        optimizer_ps_per_parameter=rates.optimizer_ps_per_parameter / bandwidth,
+    )

@@ -1,0 +1,180 @@
+"""The commands of the planner: step times against committed runs, choices, bad input, calibration, info, completion."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_memory import ENGINE, LOOP, rows, trace_of
+
+from ds_seqpar.cli import COMMANDS, completion_script, main
+from ds_seqpar.config import KEY, Recompute, SeqParConfig
+from ds_seqpar.planner.memory import Zero
+from ds_seqpar.planner.rates import load_rates
+from ds_seqpar.planner.steptime import predict
+
+TINY = [
+    "llama", "--sizes", "hidden_size=64", "intermediate_size=128", "num_hidden_layers=3", "num_attention_heads=4",
+    "num_key_value_heads=2", "vocab_size=256", "head_dim=16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row", rows(*ENGINE, *LOOP), ids=lambda row: f"{row['arm']}-{row['tokens']}-{row['recompute']}"
+)
+def test_step_times_of_gpu_runs_are_predicted(row: dict[str, Any]) -> None:
+    """By rates fitted to profiles of other runs; 65536 tokens, recompute and tp only are in none of those."""
+    trace = trace_of(row["layers"], row["tokens"], row["recompute"], row["arm"] != "seqpar_tp_only")
+    time = predict(trace, load_rates("h200"), Zero(stage=1), tp_size=2, dp_size=1, gpus_per_node=8)
+    assert time.forward_backward == pytest.approx(row["fwd_bwd_ms"], rel=0.10)
+    if row["arm"] in ENGINE:  # the loop's optimizer is not DeepSpeed's
+        assert time.total == pytest.approx(row["step_ms"], rel=0.10)
+
+
+def test_the_shipped_rates_are_what_the_committed_profiles_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import fit_rates
+
+    found = fit_rates.fit()
+    assert found == load_rates("h200")
+    assert fit_rates.h100(found) == load_rates("h100")
+
+
+def _plan(capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    assert main(["plan", *TINY, "--seq", "256", "--gpus", "2", "--rates", "h200", "--json", *more]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_the_best_choice_fits_and_its_json_is_one_that_trains(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = tmp_path / "mine.json"
+    given.write_text(json.dumps({KEY: {"tp_size": 2, "loss_chunk_tokens": 64}, "gradient_accumulation_steps": 3}))
+    found = _plan(capsys, "--config", str(given), "--write", str(tmp_path / "ds.json"))
+    written = json.loads((tmp_path / "ds.json").read_text())
+    best = found["best"]
+    assert best["fits"] and best["split"] == 2 and best == found["choices"][0]
+    key = SeqParConfig.from_json(written[KEY])
+    assert (key.tp_size, key.loss_chunk_tokens, key.recompute) == (2, 64, Recompute(best["recompute"]))
+    assert written["zero_optimization"]["stage"] == best["stage"] and written["bf16"]["enabled"]
+    assert written["gradient_accumulation_steps"] == 3 and written["train_micro_batch_size_per_gpu"] == 1
+    speeds = [choice["tokens_per_s_per_gpu"] for choice in found["choices"] if choice["fits"]]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_the_longest_sequence_fits_and_a_longer_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    memory, common = "2200MiB", ("--zero", "1", "--rows", "1")
+    longest = _plan(capsys, "--gpu-memory", memory, *common)["choices"][0]["longest"]
+    for seq, fits in ((longest, True), (longest * 11 // 10, False)):
+        argv = [
+            "plan",
+            *TINY,
+            "--gpus",
+            "2",
+            "--gpu-memory",
+            memory,
+            "--rates",
+            "h200",
+            "--json",
+            *common,
+            "--seq",
+            str(seq),
+        ]
+        assert main(argv) == 0
+        assert any(choice["fits"] for choice in json.loads(capsys.readouterr().out)["choices"]) is fits
+
+
+def test_the_table_names_what_was_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, "--seq", "64", "--gpus", "8", "--rates", "h200", "--zero", "1"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "ds_seqpar 2" in out and "best: " in out and "not planned: Ulysses" in out and "not planned: ds_seqpar 8" in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["nonesuch", "--seq", "64", "--gpus", "2"], "neither a folder"),
+        (["t5", "--seq", "64", "--gpus", "2"], "t5"),
+        (["mamba", "--seq", "64", "--gpus", "2"], "mamba"),
+        (["meta-llama/Llama-3.1-8B", "--seq", "64", "--gpus", "2"], "gated"),
+        ([*TINY, "--seq", "1000000000000", "--gpus", "2"], "beyond what can be planned"),
+        ([*TINY, "--seq", "64", "--gpus", "12"], "--nodes"),
+        ([*TINY, "--seq", "64", "--gpus", "6", "--nodes", "4"], "6 GPUs do not lie evenly on 4 nodes"),
+        ([*TINY, "--seq", "64", "--gpus", "2", "--config", "TP3"], "3 does not divide the 2 GPUs"),
+        ([*TINY, "--seq", "64", "--gpus", "2", "--config", "/nonexistent.json"], "no JSON file"),
+        ([*TINY, "--seq", "64", "--gpus", "2", "--rates", "b300"], "there are no rates 'b300'"),
+        ([*TINY, "--seq", "64", "--gpus", "2", "--gpu-memory", "1MiB", "--write", "OUT"], "nothing fits"),
+        (["llama", "--sizes", "hidden_size=-8", "--seq", "64", "--gpus", "2"], ""),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "tp3.json").write_text(json.dumps({KEY: {"tp_size": 3}}))
+    names = {"TP3": str(tmp_path / "tp3.json"), "OUT": str(tmp_path / "out.json")}
+    assert main(["plan", *(names.get(word, word) for word in argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    "more", [["--seq", "0"], ["--seq", "-5"], ["--seq", "64", "--gpu-memory", "-80GiB"], ["--seq", "64", "--gpus", "0"]]
+)
+def test_sizes_that_cannot_be_are_refused_by_the_command_line(
+    more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *TINY, "--gpus", "2", *more])
+    assert stopped.value.code == 2
+    assert more[-1] in capsys.readouterr().err
+
+
+def test_calibrate_on_the_cpu_makes_rates_that_plan_takes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    assert main(["calibrate", "--out", str(path)]) == 0
+    capsys.readouterr()
+    rates = load_rates(str(path))
+    assert rates.name == "CPU" and "exposed transfers and links between nodes are the H200's" in rates.source
+    assert 0 < rates.gemm_tflops[-1][1] < 50 and 0 < rates.traffic_gb_per_s < 2000
+    slow = _plan(capsys, "--rates", str(path))["best"]["time"]["total"]
+    assert slow > _plan(capsys)["best"]["time"]["total"]
+
+
+def test_info_says_what_falls_back_and_what_becomes_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", *TINY, "--tp-size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "torch " in out and "transport" in out and "fused" in out
+    assert "ColumnParallelLinear: weight cut [128, 64]->[64, 64]" in out
+    assert main(["info", "t5"]) == 2
+
+
+def test_bash_completes_commands_and_options() -> None:
+    script = completion_script("bash")
+    ask = 'COMP_WORDS=(ds_seqpar {}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _ds_seqpar; echo "${{COMPREPLY[@]}}"'
+
+    def completed(words: str) -> str:
+        command = ["bash", "-c", f"{script}\n{ask.format(words)}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert set(completed("''").split()) == set(COMMANDS)
+    assert completed("plan --gpu").split() == ["--gpus", "--gpu-memory"]
+
+
+def test_help_shows_an_example_of_every_step() -> None:
+    done = subprocess.run([sys.executable, "-m", "ds_seqpar", "--help"], capture_output=True, text=True, check=True)
+    assert "plan my-checkpoint --seq 65536" in done.stdout and all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.slow
+def test_plots_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _plan(capsys, "--plot", str(tmp_path), "--rows", "2")
+    for name in ("memory.png", "longest.png", "time.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
