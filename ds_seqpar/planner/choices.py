@@ -26,6 +26,7 @@ TILE = 1 << 30
 FREE = 0.03
 """Share of a GPU's memory left to fragmentation."""
 SHORTEST = 64
+MOST_TOKENS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Request:
         for name in ("seq", "gpus", "nodes", "micro_batch", "gpu_memory"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', ' ')} must be at least 1, not {getattr(self, name)}")
-        if self.seq * self.micro_batch > 1 << 27:
+        if self.seq * self.micro_batch > MOST_TOKENS:
             raise ConfigError(
                 f"{self.micro_batch} x {self.seq} tokens a forward: more than 2^27 is beyond what can be planned"
             )
@@ -227,19 +228,22 @@ class _Planner:
             trace = self.trace(choice.strategy, choice.split, choice.recompute, seq)
             return None if trace is None else self.memory(trace, zero, choice.strategy, choice.split)[0].total
 
-        low, high = request.seq, 2 * request.seq
-        for _ in range(4):
+        low, found = request.seq, 0
+        for factor in (2, 8):  # a longer trace takes longer; past the second, the line goes on
+            high = factor * request.seq
             bytes_low, bytes_high = total(low), total(high)
             if bytes_low is None or bytes_high is None or bytes_high <= bytes_low:
                 return 0
-            slope = (bytes_high - bytes_low) / (high - low)
-            found = int(low + (budget - bytes_low) / slope)
-            if found < SHORTEST:
-                return 0
-            if low <= found <= 2 * high:
-                return found // SHORTEST * SHORTEST
-            low, high = (max(SHORTEST, found // 2), max(2 * SHORTEST, found)) if found < low else (high, found)
-        return max(0, found // SHORTEST * SHORTEST)
+            found = int(low + (budget - bytes_low) * (high - low) / (bytes_high - bytes_low))
+            if found <= 2 * high:
+                break
+            low = high
+        for _ in range(3):  # the line may bend on the way: what is named must fit
+            at = total(found) if SHORTEST <= found <= 16 * request.seq else None
+            if at is None or at <= budget:
+                break
+            found = int(found * budget / at) if at < 2 * budget else found // 2
+        return min(max(0, found), MOST_TOKENS // request.micro_batch) // SHORTEST * SHORTEST
 
 
 def _spread(trace: StepTrace, split: int, request: Request) -> StepTrace:

@@ -68,7 +68,7 @@ def test_the_best_choice_fits_and_its_json_is_one_that_trains(
 
 
 def test_the_longest_sequence_fits_and_a_longer_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    memory, common = "2200MiB", ("--zero", "1", "--rows", "1")
+    memory, common = "2GiB", ("--zero", "1", "--rows", "1")
     longest = _plan(capsys, "--gpu-memory", memory, *common)["choices"][0]["longest"]
     for seq, fits in ((longest, True), (longest * 11 // 10, False)):
         argv = [
