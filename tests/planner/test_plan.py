@@ -67,26 +67,16 @@ def test_the_best_choice_fits_and_its_json_is_one_that_trains(
     assert speeds == sorted(speeds, reverse=True)
 
 
-def test_the_longest_sequence_fits_and_a_longer_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    memory, common = "2GiB", ("--zero", "1", "--rows", "1")
-    longest = _plan(capsys, "--gpu-memory", memory, *common)["choices"][0]["longest"]
-    for seq, fits in ((longest, True), (longest * 11 // 10, False)):
-        argv = [
-            "plan",
-            *TINY,
-            "--gpus",
-            "2",
-            "--gpu-memory",
-            memory,
-            "--rates",
-            "h200",
-            "--json",
-            *common,
-            "--seq",
-            str(seq),
-        ]
-        assert main(argv) == 0
-        assert any(choice["fits"] for choice in json.loads(capsys.readouterr().out)["choices"]) is fits
+def test_the_longest_sequence_fits_and_a_longer_one_does_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({KEY: {"tp_size": 2, "recompute": "none"}}))
+    common = ("--gpu-memory", "2GiB", "--zero", "1", "--config", str(tmp_path / "ds.json"))
+    (choice,) = _plan(capsys, *common)["choices"]
+    assert choice["fits"] and choice["longest"] > 1024
+    for seq, fits in ((choice["longest"], True), (choice["longest"] * 11 // 10, False)):
+        (choice,) = _plan(capsys, *common, "--seq", str(seq), "--rows", "1")["choices"]
+        assert choice["fits"] is fits
 
 
 def test_the_table_names_what_was_refused(capsys: pytest.CaptureFixture[str]) -> None:
