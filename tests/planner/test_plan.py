@@ -39,9 +39,16 @@ def test_the_shipped_rates_are_what_the_committed_profiles_say(monkeypatch: pyte
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import fit_rates
 
-    found = fit_rates.fit()
-    assert found == load_rates("h200")
-    assert fit_rates.h100(found) == load_rates("h100")
+    h200 = fit_rates.fit()
+    for found in (h200, fit_rates.h100(h200)):
+        shipped = vars(load_rates(found.name.lower()))
+        for name, value in vars(found).items():  # what a step reads and writes moves a little with the layers
+            near = value if isinstance(value, str) else pytest.approx(_flat(value), rel=0.03)
+            assert (shipped[name] if isinstance(value, str) else _flat(shipped[name])) == near, name
+
+
+def _flat(rate: Any) -> list[float]:
+    return [x for point in rate for x in point] if isinstance(rate, tuple) else [rate]
 
 
 def _plan(capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
