@@ -442,7 +442,7 @@ def planned_config(source: str, sizes: Mapping[str, Any] | None = None) -> Any:
             config = AutoConfig.from_pretrained(path)
         elif source in CONFIG_MAPPING:
             return CONFIG_MAPPING[source](**(sizes or {}))
-        elif source.count("/") == 1 and not path.suffix:
+        elif source.count("/") == 1 and path.suffix != ".json":
             config = AutoConfig.from_pretrained(source)
         else:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ FREE = 0.03
 """Share of a GPU's memory left to fragmentation."""
 SHORTEST = 64
 MOST_TOKENS = 1 << 27
+TRACED = 1 << 20
+"""Tokens beyond which a trace takes too long to look for the longest sequence with."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,9 @@ class _Planner:
         plain = SeqParConfig.from_json({"tp_size": 1, "recompute": recompute.value})
         if strategy == ALONE:
             return trace_step(request.config, plain, seq=seq, plain=True, **common)
-        heads = request.config.num_attention_heads
-        if heads % split:
-            raise PlanError(f"Ulysses cannot spread {heads} heads over {split} ranks")
+        heads = getattr(request.config, "num_attention_heads", None)
+        if not heads or heads % split:
+            raise PlanError(f"Ulysses cannot spread {heads or 'no'} heads over {split} ranks")
         return _spread(trace_step(request.config, plain, seq=-(-seq // split), plain=True, **common), split, request)
 
     def memory(self, trace: StepTrace, zero: Zero, strategy: str, split: int) -> tuple[MemoryEstimate, int]:
@@ -220,30 +222,40 @@ class _Planner:
         )  # fmt: skip
 
     def longest(self, choice: Choice) -> int:
-        """The most tokens a sequence can have: by memory at two lengths, between which and beyond it is a line."""
+        """The most tokens a sequence can have, a multiple of SHORTEST; 0 if not even SHORTEST fit.
+
+        Memory is the highest of several straight lines in the tokens, so the line through a length that fits and one that does
+        not meets the budget at a length that fits. Beyond TRACED tokens the last line goes on.
+        """
         request = self.request
         budget, zero = request.gpu_memory * (1 - FREE), replace(request.zero, stage=choice.stage)
+        points: dict[int, int] = {}
+        most = MOST_TOKENS // request.micro_batch
 
-        def total(seq: int) -> int | None:
+        def at(seq: int) -> bool:
             trace = self.trace(choice.strategy, choice.split, choice.recompute, seq)
-            return None if trace is None else self.memory(trace, zero, choice.strategy, choice.split)[0].total
+            if trace is not None:
+                points[seq] = self.memory(trace, zero, choice.strategy, choice.split)[0].total
+            return trace is not None
 
-        low, found = request.seq, 0
-        for factor in (2, 8):  # a longer trace takes longer; past the second, the line goes on
-            high = factor * request.seq
-            bytes_low, bytes_high = total(low), total(high)
-            if bytes_low is None or bytes_high is None or bytes_high <= bytes_low:
+        if not (at(request.seq) and at(2 * request.seq)):
+            return 0
+        for _ in range(8):
+            found = min(most, _meets(points, budget)) // SHORTEST * SHORTEST
+            if found > max(TRACED, request.seq) or found in points or found < SHORTEST:
+                return max(0, found)
+            if not at(found):
                 return 0
-            found = int(low + (budget - bytes_low) * (high - low) / (bytes_high - bytes_low))
-            if found <= 2 * high:
-                break
-            low = high
-        for _ in range(3):  # the line may bend on the way: what is named must fit
-            at = total(found) if SHORTEST <= found <= 16 * request.seq else None
-            if at is None or at <= budget:
-                break
-            found = int(found * budget / at) if at < 2 * budget else found // 2
-        return min(max(0, found), MOST_TOKENS // request.micro_batch) // SHORTEST * SHORTEST
+        return max((seq for seq, nbytes in points.items() if nbytes <= budget), default=0)
+
+
+def _meets(points: Mapping[int, int], budget: float) -> int:
+    """Where the line through the two points next to `budget` meets it."""
+    order = sorted(points)
+    over = next((i for i, seq in enumerate(order) if points[seq] > budget), len(order))
+    low, high = order[max(0, min(over, len(order) - 1) - 1) :][:2]
+    rise = points[high] - points[low]
+    return MOST_TOKENS if rise <= 0 else int(low + (budget - points[low]) * (high - low) / rise)
 
 
 def _spread(trace: StepTrace, split: int, request: Request) -> StepTrace:

@@ -58,7 +58,7 @@ def _held(family: str, key: dict[str, Any], batch: int, seq: int) -> int:
     ids = torch.randint(3, 101, (batch, seq), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids, labels=ids, use_cache=False)  # fills what is kept for good
     gc.collect()
-    there = {id(x) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+    there = {id(x): x for x in gc.get_objects() if isinstance(x, torch.Tensor)}  # kept, so that no new one gets its id
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     packed: list[weakref.ref[_Saved]] = []
 
