@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from .errors import SeqParError
 from .families import RESULTS
@@ -130,8 +132,15 @@ examples:
 """
 
 
+class _OneLine(argparse.ArgumentParser):
+    """A parser whose errors are one line and exit status 2, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help says more)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _OneLine(
         prog="python -m ds_seqpar",
         description="Megatron tensor + sequence parallelism for Hugging Face models under DeepSpeed. Training itself needs no command: "
         'add "ds_seqpar": {"tp_size": 2} to your DeepSpeed JSON.',
@@ -145,9 +154,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _with_negatives(argv: Sequence[str]) -> list[str]:
+    """--gpu-memory -80GiB as --gpu-memory=-80GiB: argparse would take the size for an option and not say what is wrong with it."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1].startswith("--") and "=" not in words[-1] and re.match(r"-\d", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors of ours go to stderr in one line, with exit status 1."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(_with_negatives(sys.argv[1:] if argv is None else argv))
     try:
         return COMMANDS[options.command][1](options)
     except SeqParError as problem:

@@ -131,7 +131,8 @@ def test_sizes_that_cannot_be_are_refused_by_the_command_line(
     with pytest.raises(SystemExit) as stopped:
         main(["plan", *TINY, "--gpus", "2", *more])
     assert stopped.value.code == 2
-    assert more[-1] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and repr(more[-1]) in error
 
 
 def test_calibrate_on_the_cpu_makes_rates_that_plan_takes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
