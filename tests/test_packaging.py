@@ -30,7 +30,7 @@ def _files() -> set[str]:
         str(Path(name, path.relative_to(folder)))
         for name, folder in ROOTS.items()
         for path in folder.rglob("*")
-        if path.suffix == ".py" or path.name in ("py.typed", "results.json")
+        if path.suffix in (".py", ".json") or path.name == "py.typed"
     }
 
 
