@@ -11,9 +11,9 @@ import gc
 import json
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ AGAIN = 75  # exit code: give me fresh processes for the rest
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    from arms import ARMS
+    from harness.case import SHAPES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: all; --list names them")
     parser.add_argument("--tokens", type=int, nargs="+", help="sequence lengths (default 8192 32768; tiny: 64)")
@@ -32,10 +35,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention", nargs="+", choices=["flash", "cudnn", "default"], help=text)
     parser.add_argument("--recompute", nargs="+", choices=["none", "full"], default=["none"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16; tiny: float32")
-    parser.add_argument(
-        "--zero", type=int, choices=[0, 1], default=1, help="ZeRO stage of ds_seqpar and AutoTP (%(default)s)"
-    )
+    parser.add_argument("--model", choices=list(SHAPES), default="8b", help="whose layers (%(default)s)")
+    text = "ZeRO stages of ds_seqpar and AutoTP, a case each (default 1)"
+    parser.add_argument("--zero", type=int, nargs="+", choices=[0, 1, 2, 3], default=[1], help=text)
     parser.add_argument("--ranks", type=int, default=2, help="GPUs, or gloo ranks (%(default)s)")
+    text = "ranks that share a sequence, a case each (default: all of them); the groups are data parallel where the arm can"
+    parser.add_argument("--tp", type=int, nargs="+", help=text)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--limit", type=float, default=120.0, help="seconds a case may take, its start included (%(default)s)"
@@ -52,8 +57,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="run nothing; table and plots of OUT/cases.jsonl")
     parser.add_argument("--list", action="store_true", help="names and titles of the arms")
     args = parser.parse_args(argv)
-    from arms import ARMS
-
+    uneven = [tp for tp in args.tp or [] if tp < 1 or args.ranks % tp]
+    if uneven:
+        parser.error(f"--tp {uneven}: {args.ranks} ranks do not divide into groups of so many")
     unknown = [name for name in args.arms or [] if name not in ARMS]
     if unknown:
         parser.error(f"unknown arms {unknown}; there are {list(ARMS)}")
@@ -66,24 +72,28 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Any]]:
     from harness.case import Case
 
     tiny = args.tiny
-    result: dict[str, list[Any]] = defaultdict(list)
+    result: dict[str, list[Any]] = {}
     for arm in args.arms or ARMS:
-        for attention in args.attention or (["default"] if tiny else ["cudnn"]):
-            for recompute in args.recompute:
-                for tokens in sorted(args.tokens or ([64] if tiny else [8192, 32768])):
-                    result[arm].append(
-                        Case(
-                            arm=arm,
-                            tokens=tokens,
-                            layers=args.layers or (2 if tiny else 8),
-                            attention=attention,
-                            recompute=recompute,
-                            dtype=args.dtype or ("float32" if tiny else "bfloat16"),
-                            tiny=tiny,
-                            zero=args.zero,
-                            seed=args.seed,
-                        )
-                    )
+        tps = (args.tp or [args.ranks]) if ARMS[arm].data_parallel else [args.ranks]
+        zeros = args.zero if ARMS[arm].takes_zero else args.zero[:1]
+        attentions = args.attention or (["default"] if tiny else ["cudnn"])
+        lengths = sorted(args.tokens or ([64] if tiny else [8192, 32768]))
+        result[arm] = [
+            Case(
+                arm=arm,
+                tokens=tokens,
+                layers=args.layers or (2 if tiny else 8),
+                attention=attention,
+                recompute=recompute,
+                dtype=args.dtype or ("float32" if tiny else "bfloat16"),
+                tiny=tiny,
+                zero=zero,
+                seed=args.seed,
+                tp=tp,
+                model=args.model,
+            )
+            for tp, zero, attention, recompute, tokens in product(tps, zeros, attentions, args.recompute, lengths)
+        ]
     return result
 
 
@@ -123,6 +133,8 @@ def run_cases(cases: list[Any], spool: Path) -> None:
         row["build_s"], row["run_s"] = built - begin, time.monotonic() - built
         write({"done": i, "row": {**row, **facts}})
         if i + 1 < len(cases):
+            if cases[i + 1].tp != case.tp:
+                raise SystemExit(AGAIN)  # groups are made once in a process
             _let_go(workload)
             del workload
             gc.collect()

@@ -45,6 +45,8 @@ def test_more_ranks_than_divide(family: str, tp: int) -> None:
     (2, {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}, 6, 1),  # SmolLM2's heads
     (2, {"attn_implementation": "eager"}, 7, 2),
     (4, {"attn_implementation": "eager"}, 7, 2),  # repeats its kv head by the count on this rank
+    pytest.param(8, {"num_attention_heads": 8, "num_key_value_heads": 4}, 17, 2, marks=pytest.mark.slow),
+    pytest.param(8, {"num_attention_heads": 16, "num_key_value_heads": 8}, 5, 1, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_shapes(tp: int, own: dict[str, Any], seq: int, micro: int) -> None:
     _assert_exact(run_ranks(tp, _sgd, "llama", tp, {}, own, seq, micro))
@@ -81,7 +83,8 @@ def test_gradient_checkpointing_as_hugging_face_spells_it(reentrant: bool) -> No
 
 
 def _losses(tp: int, bf16: bool) -> list[float]:
-    model = tiny("llama", hidden_size=96, head_dim=16, intermediate_size=128).bfloat16().float().train()
+    sizes = dict(num_attention_heads=8, num_key_value_heads=4, hidden_size=128, head_dim=16, intermediate_size=128)
+    model = tiny("llama", **sizes).bfloat16().float().train()
     options = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     key = {"tp_size": tp} if tp > 1 else {"tp_size": 1, "enabled": False}
     engine = engine_for(
@@ -103,12 +106,13 @@ def _losses(tp: int, bf16: bool) -> list[float]:
     return losses
 
 
-def test_bf16_losses_track_the_unsharded_run_within_rounding() -> None:
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+def test_bf16_losses_track_the_unsharded_run_within_rounding(tp: int) -> None:
     (expected,), (exact,) = run_ranks(1, _losses, 1, True), run_ranks(1, _losses, 1, False)
     # Rounding differently is all that ours may do: it is no further away than rounding takes the unsharded run.
     rounding = max(abs(b - c) / c for b, c in zip(expected, exact, strict=True))
     assert rounding < 2**-6
-    for ours in run_ranks(2, _losses, 2, True):
+    for ours in run_ranks(tp, _losses, tp, True):
         assert expected[-1] < 0.9 * expected[0], "the run must learn something"
         for step, (a, b) in enumerate(zip(ours, expected, strict=True)):
             assert abs(a - b) <= rounding * abs(b), f"step {step}: {a} against {b}"

@@ -19,7 +19,10 @@ __all__ = ["ARMS", "Arm"]
 
 @dataclass(frozen=True)
 class Arm:
-    """`module.build(case, **options)` on one rank or on all; `needs` names a package that may be missing."""
+    """`module.build(case, **options)` on one rank or on all; `needs` names a package that may be missing.
+
+    `data_parallel`: it can run groups of `tp` ranks beside each other. `takes_zero`: it runs at the ZeRO stage of the case.
+    """
 
     title: str
     module: str
@@ -27,6 +30,8 @@ class Arm:
     one_rank: bool = False
     needs: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    data_parallel: bool = False
+    takes_zero: bool = False
 
     def missing(self) -> bool:
         """Whether the package that it needs is not installed."""
@@ -40,16 +45,29 @@ class Arm:
 
 ARMS: dict[str, Arm] = {
     "unsharded": Arm("one GPU, transformers", "unsharded", one_rank=True),
-    "seqpar": Arm("ds_seqpar", "seqpar"),
+    "seqpar": Arm("ds_seqpar", "seqpar", data_parallel=True, takes_zero=True),
     "seqpar_loop": Arm("ds_seqpar, plain loop", "seqpar_loop"),
-    "seqpar_overlap_off": Arm("ds_seqpar, overlap off", "seqpar", {"overlap": "off"}),
-    "seqpar_tp_only": Arm("ds_seqpar, sequence_parallel false", "seqpar", {"sequence_parallel": False}),
-    "autotp": Arm("DeepSpeed AutoTP", "autotp"),
-    "autotp_vocab": Arm(
-        "AutoTP, vocab-parallel head, overlap", "autotp", {"vocab_parallel_lm_head": True, "tp_overlap_comm": True}
+    "seqpar_overlap_off": Arm(
+        "ds_seqpar, overlap off", "seqpar", {"overlap": "off"}, data_parallel=True, takes_zero=True
     ),
-    "ulysses": Arm("DeepSpeed Ulysses, ZeRO-3", "ulysses", {"tiled": False}),
-    "ulysses_alst": Arm("Ulysses, ZeRO-3, tiled loss and MLP (ALST)", "ulysses", {"tiled": True}),
+    "seqpar_tp_only": Arm(
+        "ds_seqpar, sequence_parallel false",
+        "seqpar",
+        {"sequence_parallel": False},
+        data_parallel=True,
+        takes_zero=True,
+    ),
+    "autotp": Arm("DeepSpeed AutoTP", "autotp", data_parallel=True, takes_zero=True),
+    "autotp_vocab": Arm(
+        "AutoTP, vocab-parallel head, overlap",
+        "autotp",
+        {"vocab_parallel_lm_head": True, "tp_overlap_comm": True},
+        data_parallel=True,
+        takes_zero=True,
+    ),
+    "ulysses": Arm("DeepSpeed Ulysses, ZeRO-3", "ulysses", {"tiled": False}, data_parallel=True),
+    "ulysses_alst": Arm("Ulysses, ZeRO-3, tiled loss and MLP (ALST)", "ulysses", {"tiled": True}, data_parallel=True),
+    "zero3": Arm("DeepSpeed ZeRO-3, a sequence a GPU", "zero3"),
     "dtensor": Arm("torch DTensor TP+SP, eager", "dtensor", {"compiled": False}),
     "dtensor_compiled": Arm("torch DTensor TP+SP, layers compiled", "dtensor", {"compiled": True}),
     "megatron": Arm(

@@ -20,7 +20,7 @@ def build(case: Case, **tensor_parallel: Any) -> Workload:
     if case.full_recompute:
         model.gradient_checkpointing_enable()
     config = engine_config(case)
-    config["tensor_parallel"] = {"autotp_size": dist.get_world_size(), **tensor_parallel}
+    config["tensor_parallel"] = {"autotp_size": case.tp_size, **tensor_parallel}
     # A callable, because AutoTP replaces the parameters that an optimizer made here would hold.
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
-    return engine_workload(engine)
+    return engine_workload(engine, dist.get_world_size() // case.tp_size)

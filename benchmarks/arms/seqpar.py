@@ -19,6 +19,6 @@ def build(case: Case, **key: Any) -> Workload:
     """`key` is added to the `ds_seqpar` object."""
     model = hf_model(case, device_of_rank())
     config = engine_config(case)
-    config["ds_seqpar"] = {"tp_size": dist.get_world_size(), "recompute": case.recompute, **key}
+    config["ds_seqpar"] = {"tp_size": case.tp_size, "recompute": case.recompute, **key}
     engine, *_ = ds_seqpar.initialize(model=model, optimizer=adamw(model.parameters()), config=config)
-    return engine_workload(engine)
+    return engine_workload(engine, dist.get_world_size() // case.tp_size)

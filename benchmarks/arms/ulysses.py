@@ -1,7 +1,7 @@
 """DeepSpeed Ulysses over ZeRO-3, with ALST's tiled loss and tiled MLP or without.
 
-Each rank holds T/n tokens of all layers; attention exchanges tokens for heads. ZeRO-3 averages gradients over the ranks, so
-a rank's loss is its own sum x n / (T - 1). The division stands inside the tiled function, because TiledFusedLogitsLoss runs
+Each rank of a group of n holds T/n tokens of all layers; attention exchanges tokens for heads. ZeRO-3 averages gradients over
+all ranks, so a rank's loss is its own sum x n / (T - 1). The division stands inside the tiled function, because TiledFusedLogitsLoss runs
 its backward at once, and a factor applied to its result would miss the head's weight.
 """
 
@@ -33,8 +33,8 @@ def build(case: Case, tiled: bool) -> Workload:
     model = hf_model(case, device_of_rank())
     if case.full_recompute:
         model.gradient_checkpointing_enable()
-    mpu = _registered(model)
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+    mpu = _registered(model, case.tp_size)
+    ranks, rank = case.tp_size, dist.get_rank() % case.tp_size
     if case.tokens % ranks:
         raise ValueError(f"Ulysses cannot cut {case.tokens} tokens over {ranks} ranks")
     local = case.tokens // ranks
@@ -56,22 +56,22 @@ def build(case: Case, tiled: bool) -> Workload:
     def reported(loss: Tensor) -> float:
         total = loss.clone()
         dist.all_reduce(total)
-        return float(total) / ranks
+        return float(total) / dist.get_world_size()
 
-    return Workload(engine, forward, engine.backward, engine.step, reported)
+    return Workload(engine, forward, engine.backward, engine.step, reported, dist.get_world_size() // ranks)
 
 
 _mpus: list[Any] = []
 
 
-def _registered(model: nn.Module) -> Any:
+def _registered(model: nn.Module, ranks: int) -> Any:
     """Ulysses wraps transformers' attention function: once a process, or it would wrap itself."""
     if not _mpus:
         _mpus.append(
             UlyssesSPAttentionHF.register_with_transformers(
                 model_name_or_path=model,
                 core_attn_implementation="sdpa",
-                sequence_parallel_size=dist.get_world_size(),
+                sequence_parallel_size=ranks,
                 micro_batch_size=1,
                 seq_length_is_variable=True,
             )

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-__all__ = ["LLAMA_8B", "TINY", "Case", "Shape"]
+__all__ = ["LLAMA_8B", "SHAPES", "TINY", "Case", "Shape"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,18 @@ class Shape:
 
 
 LLAMA_8B = Shape(hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256)
+LLAMA_70B = Shape(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
+SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B}
+"""By the size of the Llama 3.1 whose layers they are."""
 TINY = Shape(hidden=64, intermediate=96, heads=8, kv_heads=4, head_dim=8, vocab=256)
 
 
 @dataclass(frozen=True)
 class Case:
-    """`tokens` of micro batch 1 through `layers` layers; `attention`, `recompute`, `dtype` and `seed` are every arm's."""
+    """`tokens` of micro batch 1 through `layers` layers; `attention`, `recompute`, `dtype` and `seed` are every arm's.
+
+    `tp`: ranks that share a sequence, by tensor or by sequence parallelism; the groups of so many are data parallel. 0: all ranks.
+    """
 
     arm: str
     tokens: int
@@ -44,10 +51,17 @@ class Case:
     tiny: bool = False
     zero: int = 1  # ZeRO stage of the DeepSpeed arms that allow a choice
     seed: int = 0
+    tp: int = 0
+    model: str = "8b"
 
     @property
     def shape(self) -> Shape:
-        return TINY if self.tiny else LLAMA_8B
+        return TINY if self.tiny else SHAPES[self.model]
+
+    @property
+    def tp_size(self) -> int:
+        """`tp`, or the number of ranks."""
+        return self.tp or dist.get_world_size()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -65,5 +79,5 @@ class Case:
 
     def comparable(self) -> tuple[Any, ...]:
         """What must be equal for two rows to be compared, whatever their arms."""
-        key = asdict(replace(self, arm="", zero=0))
+        key = asdict(replace(self, arm="", zero=0, tp=0))
         return tuple(key.values())

@@ -119,8 +119,10 @@ def measure(workload: Workload, case: Case, tokens: Tensor) -> dict[str, Any]:
     return {
         "losses": losses,
         **figures,
-        "tokens_per_s_per_gpu": case.tokens / (figures["step_ms"] / 1e3) / ranks,
-        "model_tflops_per_gpu": case.model_flops() / seconds / ranks / 1e12,
+        "ranks": ranks,
+        "sequences": workload.sequences,
+        "tokens_per_s_per_gpu": workload.sequences * case.tokens / (figures["step_ms"] / 1e3) / ranks,
+        "model_tflops_per_gpu": workload.sequences * case.model_flops() / seconds / ranks / 1e12,
     }
 
 

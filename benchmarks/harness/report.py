@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .case import Case
 
@@ -37,7 +37,7 @@ def tolerances(dtype: str) -> tuple[float, float]:
 
 
 def _group(row: Row) -> tuple[Any, ...]:
-    return Case(**{f.name: row[f.name] for f in fields(Case)}).comparable()
+    return Case(**{f.name: row[f.name] for f in fields(Case) if f.name in row}).comparable()
 
 
 def judge(rows: Sequence[Row]) -> None:
@@ -63,21 +63,53 @@ def judge(rows: Sequence[Row]) -> None:
                     row["error"] = f"loss {step + 1} is {row['losses'][step]:.5f}, not {expected:.5f}"
 
 
-def _title(key: tuple[str, str, int, str]) -> str:
-    attention, recompute, layers, dtype = key
-    return f"{layers} layers, {dtype}, SDPA {attention}, recompute {recompute}"
+class Section(NamedTuple):
+    """What the rows of one table have in common."""
+
+    model: str
+    layers: int
+    dtype: str
+    attention: str
+    recompute: str
+
+    @classmethod
+    def of(cls, row: Row) -> Section:
+        """The section of a row; rows from before there was a choice of models are of the 8B's."""
+        return cls(row.get("model", "8b"), row["layers"], row["dtype"], row["attention"], row["recompute"])
+
+    def __str__(self) -> str:
+        layers = (
+            f"{self.layers} layers" if self.model == "8b" else f"{self.layers} layers of {self.model.upper()}'s shape"
+        )
+        return f"{layers}, {self.dtype}, SDPA {self.attention}, recompute {self.recompute}"
+
+    @property
+    def file(self) -> str:
+        """The name of its plot."""
+        model = "" if self.model == "8b" else f"{self.model}_"
+        return f"compare_{model}{self.attention}_{self.recompute}_{self.layers}layers_{self.dtype}.png"
 
 
-def _sections(rows: Sequence[Row]) -> dict[tuple[str, str, int, str], list[Row]]:
+def _sections(rows: Sequence[Row]) -> dict[Section, list[Row]]:
     sections = defaultdict(list)
     for row in rows:
-        sections[row["attention"], row["recompute"], row["layers"], row["dtype"]].append(row)
+        sections[Section.of(row)].append(row)
     return sections
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _name(row: Row) -> str:
+    """The arm, and how it is laid out where it has a choice."""
     from arms import ARMS
 
+    arm = ARMS.get(row["arm"])
+    if arm is None:
+        return str(row["arm"])
+    tp, ranks = row.get("tp", 0), row.get("ranks", 0)
+    layout = f", groups of {tp} x {ranks // tp}" if arm.data_parallel and tp and tp < ranks else ""
+    return arm.title + layout + (f", ZeRO {row['zero']}" if arm.takes_zero and row["zero"] != 1 else "")
+
+
+def _table(rows: Sequence[Row]) -> str:
     lines = []
     for tokens in sorted({row["tokens"] for row in rows}):
         lines += [f"{tokens} tokens", "", "| arm | " + " | ".join(name for _, name, _ in COLUMNS) + " | losses |"]
@@ -85,14 +117,13 @@ def _table(rows: Sequence[Row]) -> str:
         for row in rows:
             if row["tokens"] != tokens:
                 continue
-            title = ARMS[row["arm"]].title if row["arm"] in ARMS else row["arm"]
             if row["status"] == "ok":
                 values = [form.format(row[key]) if key in row else "" for key, _, form in COLUMNS]
                 values.append(", ".join(f"{loss:.4f}" for loss in row["losses"]))
             else:
                 text = f"{row['status']}: {row.get('error', '')}".replace("|", "/")
                 values = [text] + [""] * len(COLUMNS)
-            lines.append(f"| {title} | " + " | ".join(values) + " |")
+            lines.append(f"| {_name(row)} | " + " | ".join(values) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -105,20 +136,19 @@ def write_report(rows: Sequence[Row], folder: Path) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in ok[0]["versions"].items())
         parts.append(f"{ok[0]['device']}; {versions}\n")
     for key, section in _sections(rows).items():
-        parts += [f"## {_title(key)}\n", _table(section)]
+        parts += [f"## {key}\n", _table(section)]
         _plot(key, [row for row in section if row["status"] == "ok"], folder)
     text = "\n".join(parts)
     (folder / "table.md").write_text(text + "\n")
     return text
 
 
-def _plot(key: tuple[str, str, int, str], rows: Sequence[Row], folder: Path) -> None:
+def _plot(section: Section, rows: Sequence[Row], folder: Path) -> None:
     if not rows:
         return
     import matplotlib
 
     matplotlib.use("Agg")
-    from arms import ARMS
     from matplotlib import pyplot
 
     lengths = sorted({row["tokens"] for row in rows})
@@ -131,14 +161,14 @@ def _plot(key: tuple[str, str, int, str], rows: Sequence[Row], folder: Path) -> 
                                    figsize=(14, 1.2 + 0.36 * len(rows)))  # fmt: skip
     for line, tokens in zip(axes, lengths):
         mine = [row for row in rows if row["tokens"] == tokens][::-1]
-        names = [ARMS[row["arm"]].title if row["arm"] in ARMS else row["arm"] for row in mine]
+        names = [_name(row) for row in mine]
         colors = ["tab:orange" if row["arm"].startswith("seqpar") else "tab:blue" for row in mine]
         for axis, (column, label) in zip(line, shown):
             bars = axis.barh(names, [row[column] for row in mine], color=colors)
             axis.bar_label(bars, fmt="%.4g", padding=2)
             axis.margins(x=0.15)
             axis.set_title(f"{tokens} tokens: {label}", fontsize=10)
-    attention, recompute, layers, dtype = key
-    figure.suptitle(f"{_title(key)}; {rows[0]['device']}")
-    figure.savefig(folder / f"compare_{attention}_{recompute}_{layers}layers_{dtype}.png", dpi=110)
+    gpus = sorted({row.get("ranks", 2) for row in rows if row["arm"] != "unsharded"})
+    figure.suptitle(f"{section}; {'/'.join(map(str, gpus))} x {rows[0]['device']}")
+    figure.savefig(folder / section.file, dpi=110)
     pyplot.close(figure)

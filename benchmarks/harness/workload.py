@@ -22,6 +22,7 @@ class Workload:
 
     forward(tokens [1, T]) -> the loss that backward(loss) takes, which leaves whole gradients, every communication they
     need included; step() updates the weights and drops the gradients; reported(loss) is the mean over all T - 1 predictions.
+    `sequences`: how many the ranks together train on in a step; data-parallel ranks are given equal ones, so that losses compare.
     """
 
     model: nn.Module
@@ -29,6 +30,7 @@ class Workload:
     backward: Callable[[Tensor], None]
     step: Callable[[], None]
     reported: Callable[[Tensor], float] = float
+    sequences: int = 1
 
 
 def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
@@ -70,11 +72,11 @@ def engine_config(case: Case) -> dict[str, Any]:
     }
 
 
-def engine_workload(engine: nn.Module) -> Workload:
+def engine_workload(engine: nn.Module, sequences: int = 1) -> Workload:
     """The loop that a user of a DeepSpeed engine writes."""
 
     def forward(tokens: Tensor) -> Tensor:
         loss: Tensor = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
         return loss
 
-    return Workload(engine, forward, engine.backward, engine.step)
+    return Workload(engine, forward, engine.backward, engine.step, sequences=sequences)

@@ -72,6 +72,30 @@ def test_megatron_core_trains_the_same_model(tmp_path: Path) -> None:
     assert all(row["losses"] == pytest.approx(rows[0]["losses"], rel=1e-5) for row in rows)
 
 
+def test_ranks_are_laid_out_in_groups_where_the_arm_can(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tiny", "--ranks", "8", "--tp", "2", "8", "--zero", "1", "3", "--arms", "seqpar", "ulysses", "dtensor"]
+    layouts = {
+        arm: [(case.tp, case.zero) for case in cases] for arm, cases in compare.cases_of(compare.parse(options)).items()
+    }
+    groups = [(2, 1), (2, 3), (8, 1), (8, 3)]
+    assert layouts == {"seqpar": groups, "ulysses": [(2, 1), (8, 1)], "dtensor": [(8, 1)]}
+    with pytest.raises(SystemExit):
+        compare.parse(["--ranks", "8", "--tp", "3"])
+    assert "--tp [3]: 8 ranks do not divide into groups of so many" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_groups_beside_each_other_train_the_same_model(tmp_path: Path) -> None:
+    arms = ["unsharded", "seqpar", "autotp", "ulysses", "ulysses_alst", "zero3"]
+    run("compare.py", "--ranks", "4", "--tp", "2", "4", "--zero", "1", "3", "--arms", *arms, "--out", str(tmp_path))
+    rows = rows_of(tmp_path)
+    assert [row["status"] for row in rows] == ["ok"] * (1 + 4 + 4 + 2 + 2 + 1)
+    assert {(row["arm"], row["tp"]): row["sequences"] for row in rows if row["arm"] in ("seqpar", "ulysses", "zero3")} == {
+        ("seqpar", 2): 2, ("seqpar", 4): 1, ("ulysses", 2): 2, ("ulysses", 4): 1, ("zero3", 4): 4,
+    }  # fmt: skip
+    assert all(row["losses"] == pytest.approx(rows[0]["losses"], rel=1e-5) for row in rows)
+
+
 @pytest.mark.slow
 def test_compiled_layers_train_the_same_model(tmp_path: Path) -> None:
     run("compare.py", "--arms", "unsharded", "dtensor_compiled", "--limit", "300", "--out", str(tmp_path), timeout=700)
