@@ -53,7 +53,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
 
     model = _model(options)
     parameters = sum(p.numel() for p in model.parameters())
-    begun = time.monotonic()
+    begun, before = time.monotonic(), time.process_time()
     skeleton = Skeleton(model, share=(dist.get_rank(), 2))
     copied = time.monotonic()
     ds_seqpar.shard(model, {"tp_size": 2})
@@ -66,6 +66,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
         "parameters": parameters, "tokens": found.tokens, "passed": found.passed, "checks": len(found.checks),
         "copying_and_checksums_s": round(copied - begun, 1), "sharding_s": round(sharded - copied, 1),
         "verification_s": round(done - sharded, 1), "verification_cpu_s_of_a_rank": round(used, 1),
+        "cpu_s_of_a_rank_in_all": round(time.process_time() - before, 1),
         "peak_rss_gib_of_a_rank": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }  # fmt: skip
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from exactness import engine_for
 from faults import STEPS, train
 from models import batches, tiny
@@ -17,31 +19,27 @@ from torch import Tensor
 
 SECONDS = 60.0
 PLACES = ("forward", "backward", "step", "save")
-UNDISTURBED: list[list[float]] = []
+UNDISTURBED: dict[int, list[list[float]]] = {}
 
 
-def _undisturbed(tmp_path: Path) -> list[list[float]]:
-    if not UNDISTURBED:
-        UNDISTURBED.extend(run_ranks(2, train, str(tmp_path / "undisturbed")))
-    return UNDISTURBED
+def _undisturbed(tmp_path: Path, stage: int) -> list[list[float]]:
+    if stage not in UNDISTURBED:
+        UNDISTURBED[stage] = run_ranks(2, partial(train, str(tmp_path / "undisturbed"), stage=stage))
+    return UNDISTURBED[stage]
 
 
-def _struck(tmp_path: Path, where: str, fault: str) -> list[str]:
+def _struck(tmp_path: Path, where: str, fault: str, stage: int = 1) -> list[str]:
     """What each rank said at the end. Fails if a rank did not end, and if the run does not resume to the same losses."""
     folder, begun = str(tmp_path / "run"), time.monotonic()
     with pytest.raises(RankError) as caught:
-        run_ranks(2, train, folder, where, fault, timeout=SECONDS)
+        run_ranks(2, partial(train, folder, where, fault, stage=stage), timeout=SECONDS)
     assert time.monotonic() - begun < SECONDS
     errors = [str(error) for error in caught.value.errors]
     assert "hang" not in errors, f"a rank did not end: {errors}"
-    expected = _undisturbed(tmp_path)
-    for mine, theirs in zip(run_ranks(2, _resumed, folder), expected, strict=True):
+    expected = _undisturbed(tmp_path, stage)
+    for mine, theirs in zip(run_ranks(2, partial(train, folder, resume=True, stage=stage)), expected, strict=True):
         assert 2 <= STEPS - len(mine) <= 5 and mine == theirs[STEPS - len(mine) :]
     return errors
-
-
-def _resumed(folder: str) -> list[float]:
-    return train(folder, resume=True)
 
 
 def _says_where_to_look(error: str, where: str) -> None:
@@ -62,6 +60,15 @@ def test_a_killed_rank(tmp_path: Path, where: str) -> None:
 @pytest.mark.parametrize("where", ["backward", "step"])
 def test_a_rank_killed_elsewhere(tmp_path: Path, where: str) -> None:
     survivor, killed = _struck(tmp_path, where, "killed")
+    assert killed == "exit code -9"
+    _says_where_to_look(survivor, where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_rank_killed_at_another_stage(tmp_path: Path, where: str, stage: int) -> None:
+    survivor, killed = _struck(tmp_path, where, "killed", stage)
     assert killed == "exit code -9"
     _says_where_to_look(survivor, where)
 
@@ -96,13 +103,18 @@ class _Bad:
         return grad
 
 
-def _overflow(stage: int, value: float, module: str) -> list[Any]:
-    """[steps skipped, losses] of a run in bf16 in which a gradient on one rank overflows once."""
+def _overflow(stage: int, dtype: torch.dtype, value: float, module: str) -> list[Any]:
+    """[steps skipped, losses, loss scale] of a run in half precision in which a gradient on one rank overflows once."""
     torch.manual_seed(0)
-    model = tiny("llama", dtype=torch.bfloat16).train()
+    model = tiny("llama", dtype=dtype).train()
     bad = _Bad(value, 1)
-    options: dict[str, Any] = {"bf16": {"enabled": True}, "gradient_clipping": 1.0}
-    engine = engine_for(model, torch.optim.AdamW(model.parameters(), lr=1e-2), {"tp_size": 2}, stage, 1, 1, **options)
+    options: dict[str, Any] = {"gradient_clipping": 1.0 if stage else 0.0}
+    if dtype == torch.float16:
+        options["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    else:
+        options["bf16"] = {"enabled": True}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    engine = engine_for(model, optimizer, {"tp_size": 2}, stage, 1, 1, **options)
     engine.module.get_submodule(module).register_forward_hook(lambda m, args, y: y.register_hook(bad) and None)
     seen, losses = [], []
     for bad.step, batch in enumerate(batches(4, 1)):
@@ -110,23 +122,36 @@ def _overflow(stage: int, value: float, module: str) -> list[Any]:
         losses.append(float(loss.detach()))
         engine.backward(loss)
         engine.step()
-        seen.append([float(p.detach().float().abs().sum()) for p in engine.module.parameters()])
-    if stage < 3:
-        assert seen[1] == seen[0], "a parameter moved in a step that overflowed"
-        assert seen[2] != seen[1]
-    skipped = int(engine.skipped_steps)
+        seen.append([float(x.float().abs().sum()) for x in _weights(engine)])
+    assert seen[1] == seen[0], "a parameter moved in a step that overflowed"
+    assert seen[2] != seen[1]
+    skipped, scale = (
+        int(engine.skipped_steps),
+        float(getattr(engine.optimizer, "cur_scale", engine.optimizer.loss_scale)),
+    )
     engine.destroy()
-    return [skipped, losses]
+    return [skipped, losses, scale]
 
 
-def _overflows(stages: tuple[int, ...]) -> list[Any]:
+def _weights(engine: Any) -> list[Tensor]:
+    """What this rank holds of every parameter."""
+    return [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()]
+
+
+def _overflows(stages: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
+    if dtype == torch.float16:  # DeepSpeed does not offer it on the CPU; torch computes in it there
+        device = get_accelerator()
+        device.is_fp16_supported = lambda: True
+        device.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16]
     places = ("model.layers.1.post_attention_layernorm", "model.layers.0.input_layernorm")
     values = (float("inf"), float("nan"))
-    return [_overflow(stage, v, place) for stage in stages for v, place in zip(values, places, strict=True)]
+    return [_overflow(stage, dtype, v, place) for stage in stages for v, place in zip(values, places, strict=True)]
 
 
-def test_a_gradient_that_is_no_number_on_one_rank_skips_the_step_on_all() -> None:
-    first, second = run_ranks(2, _overflows, (1, 2, 3), timeout=120)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_that_is_no_number_on_one_rank_skips_the_step_on_all(dtype: torch.dtype) -> None:
+    first, second = run_ranks(2, _overflows, (0, 1, 2, 3), dtype, timeout=120)
     assert first == second, "the ranks went different ways"
-    for skipped, losses in first:
+    for skipped, losses, scale in first:
         assert skipped == 1 and all(loss == loss for loss in losses)
+        assert scale == (2.0**7 if dtype == torch.float16 else 1.0), "the loss scale is halved, on all ranks alike"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..plan.cuts import Cut
 
 __all__ = [
     "DTYPE_NAMES", "LazyTensor", "MergedTensor", "PickledFile", "SafetensorsFile", "WeightFile", "as_bytes", "lazy_tensors",
+    "writing",
 ]  # fmt: skip
 
 DTYPE_NAMES = {
@@ -42,6 +44,35 @@ class WeightFile(Protocol):
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, which it shares."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A body that calls torch.save on `path`. Raises CheckpointError with the file and the reason if it cannot be written.
+
+    torch.save says where in its own code a disk was full, and not that it was; one more write asks the system.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as problem:
+        raise CheckpointError(f"{path} was not written: {_reason(path, problem)}") from problem
+
+
+def _reason(path: Path, problem: Exception) -> str:
+    refused = problem
+    if not isinstance(problem, OSError):
+        try:
+            with open(path, "ab") as file:
+                file.write(bytes(_PROBE))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as reason:
+            refused = reason
+    said = refused.strerror if isinstance(refused, OSError) else None
+    return said or f"{type(refused).__name__}: {refused}"
+
+
+_PROBE = 2**16
 
 
 class SafetensorsFile:
@@ -96,7 +127,8 @@ class PickledFile:
     def write(self, name: str, tensor: Tensor) -> None:
         self._held[name] = tensor.clone() if tensor._is_view() else tensor
         if self._held.keys() == self._names:
-            torch.save(self._held, self._path)
+            with writing(self._path):
+                torch.save(self._held, self._path)
             self._held = {}
             self._names = set()
 

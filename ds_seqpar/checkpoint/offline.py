@@ -14,7 +14,7 @@ from ..engine import SAFE_CLASSES
 from ..errors import CheckpointError
 from ..hf import empty_model
 from . import manifest as manifests
-from .resume import safe_reading
+from .resume import safe_reading, surviving
 from .saved import SavedModules, SavedPartitions
 from .writing import SAFE_WEIGHTS, begin, finish, plan_tensors, write_model
 
@@ -84,7 +84,7 @@ def export_checkpoint(
 
 def _folder(source: Path, tag: str | None) -> Path:
     if tag is not None:
-        return source / tag
+        return surviving(source / tag)
     if (source / manifests.MANIFEST).is_file():
         return source
     latest = source / "latest"
@@ -92,4 +92,4 @@ def _folder(source: Path, tag: str | None) -> Path:
         raise CheckpointError(
             f"{source} holds no checkpoint: neither {manifests.MANIFEST} nor the file latest is there"
         )
-    return source / latest.read_text().strip()
+    return surviving(source / latest.read_text().strip())

@@ -28,11 +28,13 @@ from ..layers.region import ShardingState
 from ..plan.report import Report
 from . import manifest as manifests
 from . import universal
+from .files import writing
 from .manifest import CONFIG_FOLDER, IDENTITY_KEY, MANIFEST
 from .rendezvous import agreed, everyones, from_first_rank, meet
 from .restoring import count_steps_again, restore_frozen, restore_optimizer
+from .writing import removed_if_refused
 
-__all__ = ["load_checkpoint", "recover", "safe_reading", "save_checkpoint"]
+__all__ = ["load_checkpoint", "recover", "safe_reading", "save_checkpoint", "surviving"]
 
 Plain = Callable[..., Any]
 LATEST = "latest"
@@ -72,32 +74,33 @@ def save_checkpoint(
             aside.mkdir(parents=True)
     identity = _identity(engine) | {"save_id": from_first_rank(uuid.uuid4().hex, group)}
     written: list[Path] = []
-    with agreed(what, group):
-        with _recorded(engine, written) as problems:
-            plain(
-                str(Path(save_dir).resolve()),
-                tag=str(Path(target.relative_to(Path(save_dir).resolve())).with_name(aside.name)),
-                client_state={**(client_state or {}), IDENTITY_KEY: identity},
-                save_latest=False,
-                exclude_frozen_parameters=exclude_frozen_parameters,
-            )
-        if problems:
-            raise problems[0]
-        mine = _files_of_this_rank(aside, written, identity)
-    files = {name: about for each in everyones(mine, group) for name, about in each.items()}
-    with agreed(what, group):
-        if rank == 0:
-            for name in files:
-                if not (aside / name).is_file():
-                    raise CheckpointError(
-                        f"{aside / name}, which another rank wrote, is not visible here: use a folder that all see"
-                    )
-            (aside / CONFIG_FOLDER).mkdir()
-            write_config(require_model(engine.module), aside / CONFIG_FOLDER)
-            _write_durably(aside / MANIFEST, json.dumps(identity | {"files": files}, indent=1))
-            _into_place(aside, target, before)
-            if save_latest:
-                _write_durably(target.parent / LATEST, target.name)
+    with removed_if_refused(aside):
+        with agreed(what, group):
+            with _recorded(engine, written) as problems:
+                plain(
+                    str(Path(save_dir).resolve()),
+                    tag=str(Path(target.relative_to(Path(save_dir).resolve())).with_name(aside.name)),
+                    client_state={**(client_state or {}), IDENTITY_KEY: identity},
+                    save_latest=False,
+                    exclude_frozen_parameters=exclude_frozen_parameters,
+                )
+            if problems:
+                raise problems[0]
+            mine = _files_of_this_rank(aside, written, identity)
+        files = {name: about for each in everyones(mine, group) for name, about in each.items()}
+        with agreed(what, group):
+            if rank == 0:
+                for name in files:
+                    if not (aside / name).is_file():
+                        raise CheckpointError(
+                            f"{aside / name}, which another rank wrote, is not visible here: use a folder that all see"
+                        )
+                (aside / CONFIG_FOLDER).mkdir()
+                write_config(require_model(engine.module), aside / CONFIG_FOLDER)
+                _write_durably(aside / MANIFEST, json.dumps(identity | {"files": files}, indent=1))
+                _into_place(aside, target, before)
+                if save_latest:
+                    _write_durably(target.parent / LATEST, target.name)
     return True
 
 
@@ -261,6 +264,12 @@ def safe_reading(classes: Sequence[Any]) -> Iterator[None]:
             os.environ[name] = outside
 
 
+def surviving(target: Path) -> Path:
+    """`target`, or where its replacement, if it was cut off between its two renames, left it."""
+    _, before = _beside(target)
+    return before if before.exists() and not target.exists() else target
+
+
 def _beside(target: Path) -> tuple[Path, Path]:
     return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.before")
 
@@ -316,7 +325,8 @@ def _recorded(engine: Any, written: list[Path]) -> Iterator[list[Exception]]:
 
     def save(state_dict: Any, path: Any) -> None:
         try:
-            plain_save(state_dict, path)
+            with writing(Path(path)):
+                plain_save(state_dict, path)
             written.append(Path(path))
         except Exception as problem:
             problems.append(problem)
@@ -331,7 +341,8 @@ def _recorded(engine: Any, written: list[Path]) -> Iterator[list[Exception]]:
 def _files_of_this_rank(aside: Path, written: list[Path], identity: dict[str, Any]) -> dict[str, Any]:
     rank, t = dist.get_rank(), identity["tp_size"]
     random_file = aside / _random_file(rank)
-    torch.save(_random_states(), random_file)
+    with writing(random_file):
+        torch.save(_random_states(), random_file)
     files = {}
     for path in [*written, random_file]:
         with open(path, "rb+") as file:

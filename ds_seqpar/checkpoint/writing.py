@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed import get_rank as rank_in_run
 
+from ..errors import CheckpointError
 from ..hf import as_saved, names_in_file, split_into_files, write_config
 from .files import PickledFile, SafetensorsFile, WeightFile
 from .rendezvous import agreed
@@ -24,6 +26,7 @@ __all__ = [
     "begin",
     "finish",
     "plan_tensors",
+    "removed_if_refused",
     "write_model",
     "write_together",
     "write_wrapper_together",
@@ -184,7 +187,7 @@ def write_together(
         )
     except Exception as problem:
         error = problem
-    with agreed(what, group):
+    with removed_if_refused(aside), agreed(what, group):
         if error is not None:
             raise error
         if writes:
@@ -205,7 +208,7 @@ def write_wrapper_together(
         tensor = fetch(name)
         if writes:
             tensors[name] = tensor.detach().cpu()
-    with agreed(what, group):
+    with removed_if_refused(_aside(target)), agreed(what, group):
         if writes:
             aside = begin(target)
             wrapper.save_pretrained(  # type: ignore[operator]
@@ -214,6 +217,17 @@ def write_wrapper_together(
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(aside))
             finish(target)
+
+
+@contextmanager
+def removed_if_refused(aside: Path) -> Iterator[None]:
+    """Removes what was written aside if the body raises CheckpointError, as every rank then does: it would keep a full disk full."""
+    try:
+        yield
+    except CheckpointError:
+        if rank_in_run() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def _aside(target: Path, word: str = "partial") -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -63,8 +65,12 @@ def test_the_command_and_its_refusals(tmp_path: Path, capsys: pytest.CaptureFixt
         "--tag",
         "before",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0 and f"wrote {tmp_path / 'out'}" in done.stdout, done.stderr
+    terminal, theirs = pty.openpty()  # a progress bar is for a terminal only
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120, check=False)
+    shown = os.read(terminal, 2**16).decode()
+    os.close(terminal), os.close(theirs)
+    assert done.returncode == 0 and f"wrote {tmp_path / 'out'}" in done.stdout, shown
+    assert "export: 100%" in shown, shown
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     good, model, optimizer = (
         tmp_path / "in" / "global_step2",

@@ -7,8 +7,10 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -19,11 +21,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from models import tiny
 from ranks import RankError, run_ranks
 from training import engine_at, run, weights
+from transformers import AutoModelForCausalLM
 
 import ds_seqpar
 from ds_seqpar.checkpoint import rendezvous
+from ds_seqpar.checkpoint.offline import export_checkpoint
 
 MODEL = "mp_rank_00_model_states.pt"
 OPTIMIZER = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -175,8 +180,58 @@ def test_errors_surface_on_every_rank_and_leave_what_was_there(tmp_path: Path) -
     first, second = run_ranks(2, _save_with_errors, str(tmp_path))
     assert first == second
     assert "file" in first[2] and "which is ours" in first[3]
-    assert not (tmp_path / "bad").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "good", "latest"], "something was left aside"
     assert (tmp_path / "latest").read_text() == "good"
+
+
+def _refused_by_the_system(folder: str, unwritable: str) -> list[str]:
+    """Rank 1 may write no file of its checkpoint's size, then rank 0; at last no rank may write into the folder."""
+    engine = engine_at("llama", 2, 1)
+    engine.save_checkpoint(folder, tag="good")
+    ds_seqpar.save_pretrained(engine, f"{folder}/exported")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    messages = []
+
+    def refused(call: Callable[[], object]) -> None:
+        with pytest.raises(ds_seqpar.CheckpointError) as caught:
+            call()
+        messages.append(str(caught.value))
+
+    for limited, call in (
+        (1, lambda: engine.save_checkpoint(folder, tag="bad")),
+        (0, lambda: ds_seqpar.save_pretrained(engine, f"{folder}/exported")),
+        (0, lambda: ds_seqpar.save_pretrained(engine, f"{folder}/bad", safe_serialization=False)),
+    ):
+        if dist.get_rank() == limited:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+        refused(call)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may write everywhere
+    refused(lambda: engine.save_checkpoint(unwritable, tag="bad"))
+    refused(lambda: ds_seqpar.save_pretrained(engine, f"{unwritable}/bad"))
+    os.seteuid(user)
+    return messages
+
+
+def test_what_the_system_refuses_is_said_on_every_rank_and_nothing_is_left(tmp_path: Path) -> None:
+    unwritable = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    unwritable.chmod(0o555)
+    try:
+        first, second = run_ranks(2, _refused_by_the_system, str(tmp_path), str(unwritable))
+    finally:
+        unwritable.rmdir()
+    assert first == second
+    assert re.search(
+        r"bad was not saved: .*/\.bad\.partial/.*\.pt was not written: File too large \(on rank 1\)", first[0]
+    )
+    assert "exported: OSError: [Errno 27] File too large (on rank 0)" in first[1]
+    assert re.search(r"pytorch_model.bin was not written: File too large \(on rank 0\)", first[2])
+    assert all("Permission denied" in message and str(unwritable) in message for message in first[3:])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exported", "good", "latest"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
 
 
 def _only_on(calling: int, call: str, folder: str) -> str | None:
@@ -295,6 +350,39 @@ def test_kill_at_twenty_moments_of_a_save(tmp_path: Path, again: bool) -> None:
     _kill_at_random(tmp_path, 20, again)
 
 
+def _die_while_exporting(folder: str, victim: int, delay: float) -> None:
+    engine = engine_at("llama", 2, 1, seed=2)
+    if dist.get_rank() == victim:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    ds_seqpar.save_pretrained(engine, folder, max_shard_size=30_000)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _export(folder: str, seed: int) -> float:
+    engine = engine_at("llama", 2, 1, seed=seed)
+    start = time.monotonic()
+    ds_seqpar.save_pretrained(engine, folder, max_shard_size=30_000)
+    return time.monotonic() - start
+
+
+@pytest.mark.slow
+def test_kill_at_twenty_moments_of_an_export_over_another(tmp_path: Path) -> None:
+    """What plain transformers loads afterwards is the old model or the new one, never some of both."""
+    folder, dice, found = tmp_path / "exported", random.Random(5), []
+    run_ranks(2, _export, str(tmp_path / "new"), 2)
+    old, new = tiny("llama").state_dict(), AutoModelForCausalLM.from_pretrained(tmp_path / "new").state_dict()
+    for _ in range(20):
+        duration = run_ranks(2, _export, str(folder), 0)[0]
+        with pytest.raises(RankError, match="exit code -9"):
+            run_ranks(2, _die_while_exporting, str(folder), dice.randrange(2), dice.uniform(0.0, 1.2) * duration)
+        there = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        which = [all(torch.equal(x, state[name]) for name, x in there.items()) for state in (old, new)]
+        assert sum(which) == 1, "neither the one nor the other"
+        found.append(which[1])
+    assert set(found) == {False, True}, "every moment was too early, or too late"
+
+
 def _die_at(folder: str, step: str) -> None:
     """Rank 0 dies at a named step of putting the new checkpoint in the old one's place."""
     engine = engine_at("llama", 2, 1)
@@ -317,6 +405,9 @@ def test_a_replacement_cut_off_between_its_steps_is_ended_by_the_next(tmp_path: 
         run_ranks(2, _die_at, str(tmp_path), step)
     assert (tmp_path / ".second.partial").is_dir()
     assert (tmp_path / "second").exists() == (step == "before the old one moves")
+    export_checkpoint(tmp_path, tmp_path / "exported")  # changes nothing there
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").config.model_type == "llama"
+    shutil.rmtree(tmp_path / "exported")
     (state,) = run_ranks(2, _what_is_there, [str(tmp_path)])[0]
     assert state == ["latest is second", "2 steps", "first has 1", "second has 2", "third is not there"]
     run_ranks(2, _two_saves, str(tmp_path))
