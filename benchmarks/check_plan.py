@@ -12,7 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     rates = args.rates
     if rates == "calibrate":
-        from ds_seqpar.planner.calibrate import calibrate
-        from ds_seqpar.planner.rates import save_rates
-
-        rates = str(args.out / "rates.json")
-        found = calibrate()
-        save_rates(found, Path(rates))
-        print(json.dumps(asdict(found)), flush=True)
+        rates = str(args.out / "rates.json")  # in a process of its own, whose memory on the GPU goes with it
+        subprocess.run([sys.executable, "-m", "ds_seqpar", "calibrate", "--out", rates], check=True, timeout=240)
     for zero in args.zero:
         for tokens in args.tokens:
             for recompute in args.recompute:

@@ -20,6 +20,8 @@ from harness.case import LLAMA_8B
 
 from ds_seqpar.config import SeqParConfig
 from ds_seqpar.hf import planned_config
+from ds_seqpar.planner.memory import Zero
+from ds_seqpar.planner.optimizer import step_bytes
 from ds_seqpar.planner.rates import Rates, save_rates, scaled
 from ds_seqpar.planner.step import StepTrace, trace_step
 
@@ -70,6 +72,7 @@ def fit() -> Rates:
     parts = json.loads((RESULTS / f"{DATE}_parts.jsonl").read_text().splitlines()[0])
     steps = [json.loads(line) for line in (RESULTS / f"{DATE}_first_fast_paths.jsonl").read_text().splitlines()]
     optimizer = [row["step_ms"] - row["fwd_bwd_ms"] for row in steps if row["arm"] == "seqpar"]
+    moved = traces[8192].trainable * step_bytes(Zero(stage=1), 2)
     return Rates(
         name="H200",
         source="two H200 (NVLink), torch 2.11, cuDNN attention, bf16, by benchmarks/fit_rates.py from benchmarks/results; between "
@@ -80,7 +83,7 @@ def fit() -> Rates:
         traffic_gb_per_s=round(traffic / 1e6, 1),
         peer_gb_per_s=round(traces[32768].work.moved_bytes / times[32768]["peer copies"] / 1e6, 1),
         exposed_us_per_transfer=round(1e3 * parts["exposed_ms"] / parts["transfers"], 1),
-        optimizer_ps_per_parameter=round(1e9 * sum(optimizer) / len(optimizer) / traces[8192].trainable, 2),
+        optimizer_gb_per_s=round(moved * len(optimizer) / sum(optimizer) / 1e6, 1),
     )
 
 

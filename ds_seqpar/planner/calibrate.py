@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..layers.attention import fastest_attention
+from .memory import Zero
+from .optimizer import step_bytes
 from .rates import Rates, load_rates
 
 __all__ = ["calibrate"]
@@ -69,9 +71,9 @@ def calibrate(device: torch.device | None = None) -> Rates:
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     measured = "peer copies, " if peer else ""
     taken = (
-        "exposed transfers and links between nodes"
+        "exposed transfers, links between nodes and the host"
         if peer
-        else "peer copies, exposed transfers and links between nodes"
+        else "peer copies, exposed transfers, links between nodes and the host"
     )
     return Rates(
         name=name,
@@ -83,8 +85,9 @@ def calibrate(device: torch.device | None = None) -> Rates:
         traffic_gb_per_s=_traffic(clock, sizes, dtype),
         peer_gb_per_s=peer or known.peer_gb_per_s,
         exposed_us_per_transfer=known.exposed_us_per_transfer,
-        optimizer_ps_per_parameter=_optimizer(clock, sizes, dtype),
+        optimizer_gb_per_s=_optimizer(clock, sizes, dtype),
         node_gb_per_s=known.node_gb_per_s,
+        host_gb_per_s=known.host_gb_per_s,
     )
 
 
@@ -133,18 +136,20 @@ def _traffic(clock: _Clock, sizes: _Sizes, dtype: torch.dtype) -> float:
 
 
 def _optimizer(clock: _Clock, sizes: _Sizes, dtype: torch.dtype) -> float:
-    """Picoseconds a parameter of what ZeRO does in a step: gradients flattened and widened, AdamW on masters, weights written back."""
+    """GB/s of what ZeRO 1 does in a step: extremes, norm, gradients flattened and widened, AdamW on masters, weights written back."""
     weights = _random(clock, sizes.parameters, dtype=dtype)
     master, gradient = weights.float(), torch.zeros_like(weights)
     adamw = torch.optim.AdamW([master], lr=1e-6, fused=clock.device.type == "cuda")
 
     def step() -> None:
+        gradient.amax(), gradient.amin()
+        torch.linalg.vector_norm(gradient.double())
         master.grad = gradient.clone().float()
         adamw.step()
         weights.copy_(master)
         master.grad = None
 
-    return clock.per_call(step) / sizes.parameters * 1e12
+    return sizes.parameters * step_bytes(Zero(stage=1), weights.element_size()) / clock.per_call(step) / 1e9
 
 
 def _peer(clock: _Clock, dtype: torch.dtype) -> float | None:

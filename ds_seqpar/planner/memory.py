@@ -31,6 +31,7 @@ class Zero:
     sub_group: int = 1_000_000_000
     accumulation: int = 1
     masters: bool = True  # fp32 masters of half-precision weights
+    clips: bool = False  # gradients are scaled before the update: clipping, or fp16's loss scale
 
     @classmethod
     def from_json(cls, ds_config: Mapping[str, Any]) -> Zero:
@@ -57,6 +58,7 @@ class Zero:
             number("sub_group_size", cls.sub_group),
             int(ds_config.get("gradient_accumulation_steps") or 1),
             bool(half),
+            bool(ds_config.get("gradient_clipping")) or bool((ds_config.get("fp16") or {}).get("enabled")),
         )
 
 
@@ -112,16 +114,14 @@ def _kept(trace: StepTrace, zero: Zero, dp_size: int) -> _Kept:
     masters = 4 if (zero.masters and width == 2) or zero.stage else 0
     optimizer = 0 if zero.offload_optimizer else mine * (8 + masters)
     whole = trained * width
-    bucket = min(zero.reduce_bucket, trained) * width if zero.stage else 0
+    bucket = zero.reduce_bucket * width if zero.stage else 0
     kept = 0 if zero.offload_optimizer and zero.stage else mine * width
     step_elements = min(mine, zero.sub_group) if zero.stage == 3 else mine
-    in_step = (
-        0
-        if zero.offload_optimizer
-        else step_elements * (4 + (width if zero.stage in (1, 2) else 0))
-        if width == 2
-        else 0
-    )
+    in_step = 0
+    if not zero.offload_optimizer:
+        widened = step_elements * (4 + (width if zero.stage in (1, 2) else 0)) if width == 2 else 0
+        normed = 8 * min(mine, trace.largest_parameter) if zero.stage else 0  # in float64, a parameter at a time
+        in_step = max(widened, normed)
     at_the_end = whole + trace.largest_parameter * width if zero.stage == 1 else 0
     return _Kept(weights, gathered, optimizer, whole, kept, bucket, at_the_end, in_step)
 
@@ -129,16 +129,18 @@ def _kept(trace: StepTrace, zero: Zero, dp_size: int) -> _Kept:
 def estimate(trace: StepTrace, zero: Zero, dp_size: int) -> MemoryEstimate:
     """Plays the traced step of a whole model through, with what DeepSpeed keeps at this stage over `dp_size` ranks."""
     kept = _kept(trace, zero, dp_size)
-    always = kept.weights + kept.optimizer + kept.gathered
-    carried = 0 if zero.accumulation == 1 else kept.whole_gradients if zero.stage < 2 else kept.gradients
-    live = always + carried
+    always = kept.weights + kept.optimizer + (kept.bucket if zero.stage == 3 else 0)
+    carried = kept.gradients if zero.stage == 3 else 0  # its partition of them is there for good
+    if zero.accumulation > 1:
+        carried = kept.whole_gradients if zero.stage < 2 else kept.gradients
+    live = always + carried + kept.gathered
     peak = 0
     layers = range(trace.num_layers)
     for segment in (trace.before, *map(trace.forward, layers), trace.head):
         peak = max(peak, live + segment.peak)
         live += segment.growth
     after_forward = live
-    live += kept.bucket
+    live += kept.bucket if zero.stage < 3 else 0
     share = 1.0 if zero.stage < 2 else kept.gradients / max(1, kept.whole_gradients)
     for segment in (trace.backward_head, *map(trace.backward, reversed(layers)), trace.after):
         peak = max(peak, live + segment.peak)

@@ -30,8 +30,11 @@ class Rates:
     traffic_gb_per_s: float  # of everything that is no product and no attention
     peer_gb_per_s: float  # received by a GPU from its tensor-parallel group
     exposed_us_per_transfer: float  # of a transfer that overlaps; the rest of it hides
-    optimizer_ps_per_parameter: float  # of what a rank updates
+    optimizer_gb_per_s: float  # read and written by the optimizer's step
     node_gb_per_s: float = 40.0  # a GPU's share of the links between nodes: an assumption, 400 Gb/s at 80 %
+    host_gb_per_s: float = (
+        40.0  # the same of an offloaded optimizer, a GPU's share of the computer's memory: an assumption
+    )
 
     def at(self, points: Points, tokens: int) -> float:
         """The rate of a forward of `tokens`."""
@@ -111,5 +114,5 @@ def scaled(rates: Rates, name: str, source: str, *, compute: float, bandwidth: f
         attention_forward_tflops=times(rates.attention_forward_tflops),
         attention_backward_tflops=times(rates.attention_backward_tflops),
         traffic_gb_per_s=rates.traffic_gb_per_s * bandwidth,
-        optimizer_ps_per_parameter=rates.optimizer_ps_per_parameter / bandwidth,
+        optimizer_gb_per_s=rates.optimizer_gb_per_s * bandwidth,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .memory import Zero
+from .optimizer import step_bytes
 from .rates import Rates
 from .step import StepTrace
 
@@ -64,5 +65,6 @@ def predict(trace: StepTrace, rates: Rates, zero: Zero, *, tp_size: int, dp_size
     else:
         data_parallel = (2 * gradients if zero.stage == 0 else gradients + gradients) * share
     updated = trace.trainable / (dp_size if zero.stage else 1)
-    optimizer = updated * rates.optimizer_ps_per_parameter / 1e9
+    rate = rates.host_gb_per_s if zero.offload_optimizer else rates.optimizer_gb_per_s
+    optimizer = updated * step_bytes(zero, trace.dtype_bytes) / 1e6 / rate
     return StepTime(compute[0], compute[1] + compute[2], elementwise, exposed, data_parallel, optimizer)

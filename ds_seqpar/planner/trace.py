@@ -200,6 +200,8 @@ class Tracker(TorchDispatchMode):
         if packet.__name__ == "copy_":
             given = given[1:]
         in_place = sum(_bytes(r) for r in results if any(r is g for g in given))
+        if not results:
+            in_place = sum(map(_bytes, _written_to(func, args, kwargs)))
         self.work.traffic_bytes += sum(map(_bytes, given)) + written + in_place
 
     def _see(self, tensor: Tensor) -> None:
@@ -237,6 +239,16 @@ _FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "set_", "record_stream", "lift_fresh",
     "_unsafe_view", "resize_", "_assert_async", "alias",
 }  # fmt: skip
+
+
+def _written_to(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operation without a result changes. Fused optimizers change `grads` only to unscale them."""
+    declared = func._schema.arguments
+    given = {declared[i].name: value for i, value in enumerate(args)} | kwargs
+    written = [
+        given.get(a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write and a.name != "grads"
+    ]
+    return [x for x in tree_leaves(written) if isinstance(x, Tensor)]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -142,10 +142,16 @@ def llama_8b(layers: int) -> Any:
 
 
 @functools.cache
-def trace_of(layers: int, tokens: int, recompute: str, sequence_parallel: bool) -> StepTrace:
-    """A rank's step of the benchmark at tp_size 2."""
-    key = {"tp_size": 2, "recompute": recompute, "sequence_parallel": sequence_parallel}
+def trace_of(layers: int, tokens: int, recompute: str, sequence_parallel: bool, tp_size: int = 2) -> StepTrace:
+    """A rank's step of the benchmark."""
+    key = {"tp_size": tp_size, "recompute": recompute, "sequence_parallel": sequence_parallel}
     return trace_step(llama_8b(layers), SeqParConfig.from_json(key), batch=1, seq=tokens)
+
+
+def one_gpu_rows() -> list[dict[str, Any]]:
+    """Of the committed check on one H200: a case with what was measured."""
+    lines = (RESULTS / "2026-11-23_h200x1_check_plan.jsonl").read_text().splitlines()
+    return [row | row["measured"] | {"arm": "seqpar"} for row in map(json.loads, lines) if row["status"] == "ok"]
 
 
 def _case(row: dict[str, Any]) -> str:
@@ -173,6 +179,15 @@ def test_memory_of_gpu_runs_is_predicted(row: dict[str, Any]) -> None:
     if row["arm"] in ENGINE:  # the loop's optimizer converts a gradient at a time
         assert memory.peak_step / GIB <= row["peak_step_gib"] * 1.05
         assert max(memory.peak + extra * GIB, memory.peak_step) / GIB == pytest.approx(row["peak_step_gib"], rel=0.05)
+
+
+@pytest.mark.parametrize("row", one_gpu_rows(), ids=_case)
+def test_memory_of_one_gpu_is_predicted(row: dict[str, Any]) -> None:
+    memory = estimate(trace_of(row["layers"], row["tokens"], row["recompute"], True, 1), Zero(stage=1), dp_size=1)
+    assert memory.held_bytes / GIB == pytest.approx(row["held_gib"], rel=1e-5)
+    assert memory.static / GIB == pytest.approx(row["static_gib"], rel=0.005)
+    assert memory.peak / GIB == pytest.approx(row["peak_gib"], rel=0.02)
+    assert max(memory.peak, memory.peak_step) / GIB == pytest.approx(row["peak_step_gib"], rel=0.02)
 
 
 def test_whole_layers_recomputed_hold_their_input_shards_alone() -> None:

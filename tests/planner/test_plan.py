@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_memory import ENGINE, LOOP, rows, trace_of
+from test_memory import ENGINE, LOOP, RESULTS, one_gpu_rows, rows, trace_of
 
 from ds_seqpar.cli import COMMANDS, completion_script, main
 from ds_seqpar.config import KEY, Recompute, SeqParConfig
 from ds_seqpar.planner.memory import Zero
-from ds_seqpar.planner.rates import load_rates
+from ds_seqpar.planner.rates import Rates, load_rates
 from ds_seqpar.planner.steptime import predict
 
 TINY = [
@@ -33,6 +33,26 @@ def test_step_times_of_gpu_runs_are_predicted(row: dict[str, Any]) -> None:
     assert time.forward_backward == pytest.approx(row["fwd_bwd_ms"], rel=0.10)
     if row["arm"] in ENGINE:  # the loop's optimizer is not DeepSpeed's
         assert time.total == pytest.approx(row["step_ms"], rel=0.10)
+        assert time.optimizer == pytest.approx(row["step_ms"] - row["fwd_bwd_ms"], rel=0.05)
+
+
+def _calibrated_then() -> Rates:
+    """What `calibrate` measured on one H200. It timed 44 bytes of an optimizer's step a parameter then, and named the time."""
+    values = json.loads((RESULTS / "2026-11-23_h200x1_calibrate.json").read_text())
+    picoseconds = values.pop("optimizer_ps_per_parameter")
+    points = {name: tuple(map(tuple, value)) for name, value in values.items() if isinstance(value, list)}
+    return Rates(**(values | points), optimizer_gb_per_s=44 / picoseconds * 1e3)
+
+
+@pytest.mark.parametrize("rates", [load_rates("h200"), _calibrated_then()], ids=["shipped", "calibrated"])
+@pytest.mark.parametrize("row", one_gpu_rows(), ids=lambda row: f"{row['tokens']}-{row['recompute']}")
+def test_step_times_of_one_gpu_are_predicted(row: dict[str, Any], rates: Rates) -> None:
+    """Nothing of these runs is in the shipped rates; the optimizer's part is its bytes at a rate."""
+    trace = trace_of(row["layers"], row["tokens"], row["recompute"], True, 1)
+    time = predict(trace, rates, Zero(stage=1), tp_size=1, dp_size=1, gpus_per_node=8)
+    assert time.forward_backward == pytest.approx(row["fwd_bwd_ms"], rel=0.10)
+    assert time.optimizer == pytest.approx(row["step_ms"] - row["fwd_bwd_ms"], rel=0.12)
+    assert time.total == pytest.approx(row["step_ms"], rel=0.10)
 
 
 def test_the_shipped_rates_are_what_the_committed_profiles_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +160,7 @@ def test_calibrate_on_the_cpu_makes_rates_that_plan_takes(capsys: pytest.Capture
     assert main(["calibrate", "--out", str(path)]) == 0
     capsys.readouterr()
     rates = load_rates(str(path))
-    assert rates.name == "CPU" and "exposed transfers and links between nodes are the H200's" in rates.source
+    assert rates.name == "CPU" and "links between nodes and the host are the H200's" in rates.source
     assert 0 < rates.gemm_tflops[-1][1] < 50 and 0 < rates.traffic_gb_per_s < 2000
     slow = _plan(capsys, "--rates", str(path))["best"]["time"]["total"]
     assert slow > _plan(capsys)["best"]["time"]["total"]
