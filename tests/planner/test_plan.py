@@ -97,8 +97,8 @@ def test_the_best_choice_fits_and_its_json_is_one_that_trains(
 def test_the_longest_sequence_fits_and_a_longer_one_does_not(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps({KEY: {"tp_size": 2, "recompute": "none"}}))
-    common = ("--gpu-memory", "2GiB", "--zero", "1", "--config", str(tmp_path / "ds.json"))
+    (tmp_path / "ds.json").write_text(json.dumps({KEY: {"tp_size": 2, "recompute": "none", "loss_chunk_tokens": 8192}}))
+    common = ("--gpu-memory", "3.1GiB", "--zero", "1", "--config", str(tmp_path / "ds.json"))
     (choice,) = _plan(capsys, *common)["choices"]
     assert choice["fits"] and choice["longest"] > 1024
     for seq, fits in ((choice["longest"], True), (choice["longest"] * 11 // 10, False)):
