@@ -174,12 +174,18 @@ def _more_embeddings(model: PreTrainedModel, stacks: tuple[str, ...], embedding:
 
 
 def _tied(model: PreTrainedModel) -> dict[str, str]:
-    """Name of a parameter -> the first name of the same parameter, where there are several."""
+    """Name of a parameter -> the first name of the same parameter, where there are several, or will be once it is loaded."""
     first: dict[int, str] = {}
-    found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    found: dict[str, str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
         if first.setdefault(id(parameter), name) != name:
             found[name] = first[id(parameter)]
+    to_be: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, source in to_be.items():
+        unloaded = name in parameters and parameters[name].is_meta
+        if unloaded and source in parameters and parameters[source] is not parameters[name]:
+            found[name] = found.get(source, source)
     return found
 
 

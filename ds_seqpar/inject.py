@@ -199,6 +199,7 @@ class _Injection:
         self.entries, self.remarks = report.entries, report.remarks
         self._cut_already: set[int] = {id(p) for p in model.parameters()} if already_cut else set()
         self._armed: set[int] = set()
+        self._by_hook: set[int] = set()  # parameters that some module relies on being summed whoever uses them
         self.fused: Counter[str] = Counter()
         self.outside: Counter[str] = Counter()  # part of the model -> how many parameters of it are left alone
 
@@ -209,6 +210,7 @@ class _Injection:
                 self._module(name, path, module)
             if runs_copies(outer):
                 become(outer, PassesHandles)
+        self._sum_by_use()
         for block in self.plan.blocks.values():
             self._block(block)
         for name in self.plan.routers:
@@ -252,10 +254,18 @@ class _Injection:
                 continue  # a tower, whose tokens are not these
             if isinstance(module, nn.Dropout):
                 self._boundary(module, TokenDropout)
+            elif in_base and self._is_norm_without_weight(module):
+                self._boundary(module, TokenwiseModule)
             elif isinstance(module, nn.ModuleList | nn.ModuleDict) or is_foreign(module) or adapter_layer(module):
                 continue  # never called, or has boundaries of its own
             elif not in_base or any(inner.startswith(f"{name}.") for inner in planned):
                 self._boundary(module, Passage)
+
+    def _is_norm_without_weight(self, module: nn.Module) -> bool:
+        if "Norm" not in type(module).__name__ or next(module.parameters(), None) is not None:
+            return False
+        like = next(self.model.get_submodule(self.facts.base).parameters())
+        return is_tokenwise(module, self.facts.hidden_size, like)
 
     def _fuse_norms(self) -> None:
         own_code: Counter[str] = Counter()
@@ -335,7 +345,7 @@ class _Injection:
         parameters = {}
         for key, parameter in module.named_parameters(recurse=False):
             if partial:
-                self._sum(parameter)
+                self._sum(parameter, by_hook=not isinstance(module, TokenwiseModule))
             shape = tuple(parameter.shape)
             parameters[key] = ParameterEntry(Kind.PARTIAL if partial else Kind.FULL, shape, shape)
         self.entries.append(Entry(name + path, was, was, parameters, why))
@@ -345,8 +355,19 @@ class _Injection:
             return False
         return is_tokenwise(module, width_of(module, self.facts.hidden_size))
 
-    def _sum(self, parameter: nn.Parameter) -> None:
+    def _sum_by_use(self) -> None:
+        """Modules outside the layers sum the gradients of their own use: other code may use the same parameter on whole tokens."""
+        for name in self.facts.modules:
+            for module in places(self.model.get_submodule(name)).values():
+                held = dict(module.named_parameters(recurse=False))
+                if isinstance(module, TokenwiseModule):
+                    own = (key for key, parameter in held.items() if id(parameter) not in self._by_hook)
+                    module.summed = tuple(key for key in own if self.state.partial.take_over(held[key]))
+
+    def _sum(self, parameter: nn.Parameter, *, by_hook: bool = True) -> None:
         """Has the gradient of `parameter` summed over the group, once however many modules hold it."""
+        if by_hook:
+            self._by_hook.add(id(parameter))
         if id(parameter) not in self._armed:
             self._armed.add(id(parameter))
             self.state.partial.add(parameter)

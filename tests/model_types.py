@@ -43,17 +43,8 @@ HEADS: dict[str, Any] = {
 }
 """What stands on a model beside a causal language model's head, as the table names it."""
 
-_OVER_TOKENS = ("question-answering", "sequence-classification", "token-classification")
-HEADS_OF: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(ENCODERS, ("masked-lm", "multiple-choice", *_OVER_TOKENS)),
-    **dict.fromkeys(("gpt2", "llama", "mistral", "qwen2"), _OVER_TOKENS),
-    "bart": ("question-answering", "seq2seq-lm", "sequence-classification"),
-    "t5": ("question-answering", "seq2seq-lm", "sequence-classification", "token-classification"),
-}
-"""Model type -> the heads that it is measured with."""
-
 __all__ = [
-    "ALL", "CLASSICS", "ENCODERS", "HEADS", "HEADS_OF", "MULTIMODAL", "SEQ2SEQ", "NoModelError", "batches_for", "causal",
+    "ALL", "CLASSICS", "ENCODERS", "HEADS", "MULTIMODAL", "SEQ2SEQ", "NoModelError", "batches_for", "causal", "heads_of",
     "planned_types", "tiny_config", "tiny_of",
 ]  # fmt: skip
 
@@ -178,6 +169,14 @@ ALL = sorted({*planned_types(), *CLASSICS, *MULTIMODAL, *ENCODERS, *SEQ2SEQ})
 """Every model type that is measured."""
 
 
+@cache
+def heads_of(model_type: str) -> tuple[str, ...]:
+    """The heads of HEADS that transformers has for the type, which it is measured with; none for a model of several parts."""
+    if model_type in MULTIMODAL:
+        return ()
+    return tuple(head for head, auto in HEADS.items() if CONFIG_MAPPING[model_type] in auto._model_mapping)
+
+
 def tiny_config(model_type: str, **more: Any) -> PreTrainedConfig:
     """The type's config, two layers deep; `more` goes over everything."""
     own = {**OWN.get(model_type, {}), **more}
@@ -249,9 +248,7 @@ def tiny_of(
     Equal weights on every call and rank.
     """
     if head.endswith("-classification"):
-        more = {"num_labels": LABELS, **more}
-    if head == "token-classification":  # the heads of causal models drop by this
-        more = {"classifier_dropout": 0.0, **more}
+        more = {"num_labels": LABELS, "classifier_dropout": 0.0, **more}
     config = tiny_config(model_type, **more)
     config.get_text_config()._experts_implementation_internal = experts  # None: grouped products, which know no float64
     if build_only:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import transformers
 from exactness import fresh_groups
 from model_types import (
     ALL,
-    HEADS_OF,
     MULTIMODAL,
     NoModelError,
     batches_for,
     causal,
+    heads_of,
     planned_types,
     tiny_config,
     tiny_of,
@@ -80,9 +81,7 @@ def parity(
         expected.backward()
         if "inputs_embeds" in batch:
             errors[f"inputs {i}"] = relative_error(mine["inputs_embeds"].grad, theirs["inputs_embeds"].grad)
-    gradients = full_gradients(model)
-    for name, parameter in reference.named_parameters():
-        errors[name] = relative_error(gradients[name], parameter.grad)
+    errors |= _gradient_errors(full_gradients(model), reference)
     worst = max(errors, key=lambda name: errors[name])
     whole = {_starred(entry.why.partition(" ")[0]) for entry in report.entries if "is repeated whole" in entry.why}
     return {
@@ -93,6 +92,18 @@ def parity(
         "remarks": report.remarks,
         "materialised": dict(model.seqpar.materialised),
     }
+
+
+def _gradient_errors(gradients: Mapping[str, Tensor | None], reference: torch.nn.Module) -> dict[str, float]:
+    """Relative errors by name. What is zero but for rounding (of routers, norms and rotations in float32) must be so in both."""
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    nothing = 1e-8 * max(float(grad.norm()) for grad in expected.values() if grad is not None)
+    errors = {}
+    for name, grad in expected.items():
+        mine = gradients[name]
+        zero = grad is not None and mine is not None and max(float(grad.norm()), float(mine.norm())) <= nothing
+        errors[name] = 0.0 if zero else relative_error(mine, grad)
+    return errors
 
 
 def parities(model_type: str, heads: tuple[str, ...], **options: Any) -> dict[str, dict[str, Any]]:
@@ -117,7 +128,7 @@ def measured(model_type: str, tp: int = 2) -> dict[str, Any]:
     if refusal:
         return {"status": "refused", "why": refusal, **line, "at": ""}
     try:
-        heads = ("", *HEADS_OF.get(model_type, ()))
+        heads = ("", *heads_of(model_type))
         results = run_ranks(tp, parities, model_type, heads, timeout=240)[0]
     except RankError as problem:
         last = (problem.errors[0] or "").strip().splitlines()[-1]
@@ -196,7 +207,8 @@ changed. Exact: a random model of two layers, sharded over two ranks, gives afte
 parameter's gradient of the unsharded model, each to a relative error of 1e-5 (float64, where rotary embeddings, norms and routers
 of many types compute in float32). "Whole" names the blocks that every rank repeats on all tokens: exact, but not divided. Of a
 model of several parts the language model is sharded, by the plan of the type that stands in the column; the rest of it, such as a
-vision tower, is whole on every rank, and its gradients are compared too. "With" names the heads that were measured beside the
+vision tower, is whole on every rank, and its gradients are compared too. A gradient of less than 1e-8 of the largest is zero but
+for rounding, and must be in both. "With" names the heads that were measured beside the
 causal language model's (or, for a type without one, beside the bare model's hidden states), each with its own loss in transformers.
 
 {table}

@@ -1,16 +1,20 @@
-"""Encoders, encoder-decoders and heads: every gradient, what is not gathered, ZeRO stages, generation, dropout."""
+"""Encoders, encoder-decoders and heads: every gradient, what is not gathered, ZeRO stages, generation, dropout, checkpoints."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from exactness import compare_sgd, engine_for, replicas_equal
-from model_types import HEADS_OF, batches_for, tiny_of
-from parity import parities
+from exactness import compare_sgd, engine_for, fresh_groups, replicas_equal
+from model_types import HEADS, batches_for, heads_of, tiny_of
+from parity import parities, parity
 from ranks import run_ranks
+from sharding import proven
+
+import ds_seqpar
 
 KINDS = (
     "bart",
@@ -23,21 +27,92 @@ KINDS = (
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_every_heads_gradients_equal_the_unsharded_models_and_nothing_wide_is_gathered(model_type: str) -> None:
-    for results in run_ranks(2, parities, model_type, HEADS_OF[model_type]):
-        assert set(results) == set(HEADS_OF[model_type])
+    for results in run_ranks(2, parities, model_type, heads_of(model_type)):
+        assert set(results) == set(heads_of(model_type))
         for head, result in results.items():
             assert not result["bad"], f"{head}: {result['bad']}"
             assert not result["materialised"], f"{head}: {result['materialised']}"
 
 
-def _plain_tensor_parallel(model_type: str, head: str) -> dict[str, Any]:
-    return parities(model_type, (head,), key={"sequence_parallel": False})[head]
+def _in_mode(model_type: str, head: str, key: dict[str, Any]) -> dict[str, Any]:
+    return parity(model_type, head=head, key=key)
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("bert", "masked-lm"), ("t5", "seq2seq-lm")])
 def test_heads_under_plain_tensor_parallelism(model_type: str, head: str) -> None:
-    for result in run_ranks(2, _plain_tensor_parallel, model_type, head):
+    for result in run_ranks(2, _in_mode, model_type, head, {"sequence_parallel": False}):
         assert not result["bad"]
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_the_first_step_is_recomputed_as_it_was_run(model_type: str) -> None:
+    """Only by running it is it known that the keys of a cross-attention are not made of the block's input."""
+    for result in run_ranks(2, _in_mode, model_type, "seq2seq-lm", {"recompute": "full"}):
+        assert not result["bad"]
+
+
+def test_a_weight_that_other_code_uses_on_whole_tokens_has_its_gradient_once() -> None:
+    """NeoMME multiplies hidden states with the weight of a linear that is tied to the embedding's, and calls neither there."""
+    for result in run_ranks(2, _in_mode, "neomme", "masked-lm", {}):
+        assert not result["bad"]
+
+
+def test_a_last_norm_without_a_weight_acts_on_the_shard() -> None:
+    for result in run_ranks(2, _in_mode, "olmo", "", {}):
+        assert not result["bad"] and not result["materialised"]
+
+
+def _verdicts(cases: list[tuple[str, str]]) -> list[str]:
+    found = {case: proven(case[0], {}, head=case[1]) for case in cases}
+    return [f"{case}\n{verdict}" for case, verdict in found.items() if not verdict.passed]
+
+
+def test_verify_passes_whatever_the_head() -> None:
+    cases = [
+        ("bert", "sequence-classification"), ("modernbert", "token-classification"), ("t5", "seq2seq-lm"),
+        ("bart", "sequence-classification"),
+    ]  # fmt: skip
+    assert run_ranks(2, _verdicts, cases, timeout=300) == [[], []]
+
+
+def _there_and_back(model_type: str, head: str, stage: int, folder: str) -> list[str]:
+    """What plain transformers, and a load in parts, do not find as it was saved after a step."""
+    wrong = []
+    model = tiny_of(model_type, head=head, dtype=torch.float32).train()
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, stage, 2, 1)
+    loss = engine(**batches_for(1, 2, 7, head=head)[0]).loss
+    engine.backward(loss)
+    engine.step()
+    ds_seqpar.save_pretrained(engine, folder)
+    expected = ds_seqpar.full_state_dict(engine)
+    whole, info = HEADS[head].from_pretrained(folder, output_loading_info=True)
+    wrong += [str(value) for name, value in info.items() if value]
+    wrong += [name for name, x in whole.state_dict().items() if expected and not torch.equal(x, expected[name])]
+    original = tiny_of(model_type, head=head, dtype=torch.float32).state_dict()
+    if all(torch.equal(x, original[name]) for name, x in whole.state_dict().items()):
+        wrong.append("the step is not in it")
+    fresh_groups()
+    config = {
+        "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "ds_seqpar": {"tp_size": 2},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+    }  # fmt: skip
+    with ds_seqpar.loading(config):
+        partly = HEADS[head].from_pretrained(folder)
+    size = sum(p.numel() for p in partly.parameters())
+    if size >= sum(p.numel() for p in whole.parameters()):
+        wrong.append("it was loaded whole")
+    again = ds_seqpar.full_state_dict(ds_seqpar.initialize(model=partly, config=config)[0])
+    return wrong + [f"{name} in parts" for name, x in again.items() if not torch.equal(x, expected[name])]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head", "stage"),
+    [("bert", "masked-lm", 1), ("electra", "token-classification", 1), ("t5", "seq2seq-lm", 3), ("bart", "seq2seq-lm", 1)],
+)  # fmt: skip
+def test_what_is_saved_is_found_by_transformers_and_loaded_in_parts(
+    tmp_path: Path, model_type: str, head: str, stage: int
+) -> None:
+    assert run_ranks(2, _there_and_back, model_type, head, stage, str(tmp_path / "saved")) == [[], []]
 
 
 def _generates(model_type: str, stage: int) -> dict[str, bool]:
@@ -106,7 +181,7 @@ def test_every_zero_stage_with_two_data_parallel_ranks(model_type: str, head: st
 @pytest.mark.parametrize("tp", [3, 4])
 @pytest.mark.parametrize("model_type", KINDS)
 def test_heads_at_more_ranks(model_type: str, tp: int) -> None:
-    for results in run_ranks(tp, parities, model_type, HEADS_OF[model_type], timeout=600):
+    for results in run_ranks(tp, parities, model_type, heads_of(model_type), timeout=600):
         assert not {head: result["bad"] for head, result in results.items() if result["bad"]}
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from exactness import compare_sgd, fresh_groups
 from model_types import ALL, batches_for, tiny_of
+from models import FAMILIES, batches
 from parity import TOLERANCE, document, measured, parity
 from ranks import RankError, run_ranks
 from sharding import same_loss_and_gradients
@@ -20,9 +21,23 @@ import ds_seqpar
 from ds_seqpar import cli
 from ds_seqpar.families import MEASURED_WITH, RESULTS, TESTED
 
-MOST_USED = ("deepseek_v3", "gpt2", "gpt_oss", "mixtral", "qwen3_moe")  # beside the dense ones of test_families.py
+MOST_USED = (
+    "bert",
+    "deepseek_v3",
+    "gemma3_text",
+    "gpt2",
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
 TODAY = datetime.date.today().toordinal()
-SAMPLE = sorted({*MOST_USED, *(TESTED[(5 * TODAY + i) % len(TESTED)] for i in range(5))}) if TESTED else []
+ROTATING = {TESTED[(5 * TODAY + i) % len(TESTED)] for i in range(5)}
+SAMPLE = sorted({name for name in MOST_USED if name not in FAMILIES} | ROTATING)
+"""On every run, beside the dense families, which test_families.py trains: the most used types, and five others every day."""
 
 
 SAME_RELEASE = transformers.__version__ == MEASURED_WITH
@@ -108,6 +123,28 @@ def test_each_kind_with_data_parallel_ranks_under_deepspeed(model_type: str, sta
     for errors in run_ranks(4, _compare, model_type, stage, own, timeout=600):
         bad = {name: error for name, error in errors.items() if not error <= 2e-5}  # float32 throughout
         assert not bad
+
+
+def _padded_loss(model_type: str) -> dict[str, float]:
+    """Loss, its auxiliary part and every gradient of a padded batch, against the unsharded model's."""
+    fresh_groups()
+    model, reference = tiny_of(model_type).train(), tiny_of(model_type).train()
+    ds_seqpar.shard(model, {"tp_size": 2})
+    batch = batches(1, 3, 7)[0]
+    auxiliary = {"ours": model, "expected": reference}
+    found = {name: float(m(**batch).aux_loss.detach()) for name, m in auxiliary.items()}
+    batch_without = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    found["without the mask"] = float(reference(**batch_without).aux_loss.detach())
+    same_loss_and_gradients(model, reference, lambda m: m(**batch).loss, tolerance=TOLERANCE)
+    same_loss_and_gradients(model, reference, lambda m: m(**batch).aux_loss, tolerance=TOLERANCE)
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_the_auxiliary_loss_leaves_out_padding_as_the_unsharded_models_does(model_type: str) -> None:
+    for found in run_ranks(2, _padded_loss, model_type):
+        assert found["ours"] == pytest.approx(found["expected"], rel=1e-6)
+        assert found["without the mask"] != pytest.approx(found["expected"], rel=1e-4), "padding must matter"
 
 
 def _rows_of_experts(model_type: str) -> dict[str, list[int]]:
@@ -198,7 +235,7 @@ def test_a_users_plan_goes_before_all_others() -> None:
         ({"model.layers.*.mlp.gate_up_proj": "sideways"}, r"style 'sideways' .*known styles"),
         ({"model.layers.*.mlp.gate_up_proj": "packed_colwise:q,up"}, r"unknown role\(s\) \['up'\]"),
         ({"model.layers.*.mlp.gate_up_proj": "colwise", "model.*.0.mlp.gate_up_proj": "colwise"}, r"matched by two plan patterns"),
-        ({"model.layers.*.self_attn.q_proj": "norm_over_cut_dim", "model.layers.*.mlp.down_proj": "colwise"}, r"q_proj|down_proj"),
+        ({"model.layers.*.mlp.down_proj": "colwise"}, r"a block needs column-parallel and row-parallel linears, the plan names"),
     ],
 )  # fmt: skip
 def test_a_users_plan_that_does_not_fit_is_refused_before_anything_is_touched(

@@ -54,7 +54,7 @@ class ShardedRun:
     logits: Tensor | None
     layers: dict[str, list[LayerRecord]]
     raw: dict[int, Tensor]
-    shares_state: bool
+    shares_state: bool  # layers give each other more than hidden states: a cache, position biases
 
     @classmethod
     def of(cls, model: nn.Module, state: ShardingState, batch: Mapping[str, Tensor]) -> ShardedRun:
@@ -124,6 +124,9 @@ class _Recorder:
             if self.backward:
                 return None
             record, y = self.records[name][-1], first_tensor(output)
+            self.shares_state |= isinstance(output, tuple) and any(
+                isinstance(x, Tensor) and x.requires_grad for x in output[1:]
+            )
             y = y.view_as(y)
             record.output = y.detach()
             if y.requires_grad:

@@ -124,7 +124,8 @@ def _line(check: Check) -> str:
 
 def batch_for(model: Any, tp_size: int, seq: int) -> dict[str, Any]:
     """A few rows of `seq` random tokens: with padding, ignored labels, and a number of tokens that tp_size does not divide.
-    Tokens that the config gives a meaning (an image's place, the end of a text) are left out.
+    Tokens that the config gives a meaning (an image's place, the end of a text) are left out, but for the end where an
+    encoder-decoder classifies. Labels are for models that predict tokens; of others the outputs are made a loss.
 
     model: the Hugging Face model that will be called, or that a wrapper will call.
     """
@@ -141,7 +142,13 @@ def batch_for(model: Any, tp_size: int, seq: int) -> dict[str, Any]:
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, :2] = -100
     accepted = inspect.signature(type(model).forward).parameters
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if model.get_output_embeddings() is not None:
+        batch["labels"] = labels
+    elif model.config.is_encoder_decoder:
+        end = model.config.eos_token_id
+        ids[:, seq - 3] = end if isinstance(end, int) else ids[:, seq - 3]
+        batch["decoder_input_ids"] = ids.flip(1)
     device = next(model.parameters()).device
     placed: dict[str, Any] = {name: x.to(device) for name, x in batch.items() if name in accepted}
     return placed | ({"use_cache": False} if "use_cache" in accepted else {})

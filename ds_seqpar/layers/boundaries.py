@@ -92,10 +92,12 @@ class TokenwiseModule:
     TokenShard.
 
     Its gradients are parts that are summed over the group. Where every rank has the input whole (a pooled token) each rank
-    contributes its share of the gradient that all of them compute alike.
+    contributes its share of the gradient that all of them compute alike. `summed` names the parameters whose gradients are summed
+    as this module's code uses them, so that other code may use the same parameter on whole activations.
     """
 
     seqpar: ShardingState
+    summed: tuple[str, ...] = ()
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """TokenShard -> TokenShard; a plain [b, s, h] of the running forward too, while training; other tensors as before."""
@@ -111,6 +113,20 @@ class TokenwiseModule:
             return TokenShard(call(state.region.local_of_replicated(input), *args, **kwargs), state.region, state)
         group = state.groups.tp_group
         return share_of_replicated(call(whole_of_share(input, group), *args, **kwargs), group)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, with the parameters that are summed in place of those that it holds."""
+        if not (self.summed and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        held, state = [getattr(self, name) for name in self.summed], self.seqpar
+        values = state.partial.all_summed(held, state.region.together if state.region else None)
+        shown = vars(self)  # found before the module's parameters are
+        try:
+            shown.update(zip(self.summed, values, strict=True))
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for name in self.summed:
+                shown.pop(name, None)
 
 
 class TokenDropout:
@@ -184,15 +200,8 @@ class ShardedBlock:
                 output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
         finally:
             state.in_block, state.block_forked = outer, False
-        for unused in handle.unused():
-            self._ungroup(unused)
+        state.apart |= handle.unused()  # such as the keys of a cross-attention
         return output
-
-    def _ungroup(self, member: int) -> None:
-        """Stops computing a linear with its siblings that this block's code does not feed with the block's input."""
-        for linear in self.modules():  # type: ignore[attr-defined]
-            if any(id(s) == member for s in getattr(linear, "siblings", ())):
-                linear.siblings = tuple(s for s in linear.siblings if id(s) != member)
 
 
 class ShardedLayer:

@@ -414,15 +414,17 @@ class GatheredInput(Handle):
 
         source = self.rows()
         if id(linear) not in self._outputs:
-            siblings = () if self._alone else linear.siblings
-            members = [linear, *(m for m in siblings if m is not linear and id(m) not in self._outputs)]
+            apart = self.region.apart
+            siblings = () if self._alone or id(linear) in apart else linear.siblings
+            done = apart.union((id(linear),), self._outputs)
+            members = [linear, *(m for m in siblings if id(m) not in done)]
             outputs = column_parallel(source, self.region, [m.as_linear() for m in members], self._remake)
             self._outputs.update({id(m): out for m, out in zip(members, outputs, strict=True)})
         return self._outputs.pop(id(linear))
 
-    def unused(self) -> list[int]:
+    def unused(self) -> frozenset[int]:
         """Ids of sibling linears that were computed with the others but never asked for."""
-        return list(self._outputs)
+        return frozenset(self._outputs)
 
 
 class _Deferred(Handle):

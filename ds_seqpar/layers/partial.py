@@ -7,7 +7,7 @@ Parameters whose module asks for them by `summed` are summed by an autograd edge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,14 @@ class PartialGradients:
         if not (parameter.requires_grad and torch.is_grad_enabled()):
             return parameter
         return _SumGradients.apply(self, parameter)[0]  # type: ignore[no-any-return, no-untyped-call]
+
+    def all_summed(self, parameters: Sequence[nn.Parameter], together: Mapping[int, Tensor] | None) -> list[Tensor]:
+        """`summed` of each of a module's parameters, in one all-reduce where `together` does not have them."""
+        ready = dict(together or {})
+        trained = [p for p in parameters if p.requires_grad and id(p) not in ready]
+        if trained:
+            ready |= {id(p): x for p, x in zip(trained, _SumGradients.apply(self, *trained), strict=True)}  # type: ignore[no-untyped-call]
+        return [ready.get(id(p), p) for p in parameters]
 
     def _sum(self, parameter: nn.Parameter, grad: Tensor, slot: int, slots: int) -> Tensor:
         if self.observer is not None:

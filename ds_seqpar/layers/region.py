@@ -39,7 +39,7 @@ class TokenRegion:
 
     `exchange` moves the rows; a region that is not cut needs none. `summed_later`: the gradient of a column-parallel
     linear's input stays this rank's part, because the gather that the input came from sums it.
-    `together`: see PartialGradients.together.
+    `together`: see PartialGradients.together. `apart`: see ShardingState; a recompute groups linears as its forward did.
     """
 
     batch: int
@@ -49,6 +49,7 @@ class TokenRegion:
     exchange: Exchange | None = None
     summed_later: bool = False
     together: Mapping[int, Tensor] | None = field(default=None, compare=False, repr=False)
+    apart: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
 
     @property
     def transport(self) -> Exchange:
@@ -115,6 +116,9 @@ class ShardingState:
     in_block: bool = False
     block_forked: bool = False  # the running block opened a random stream of its own
     generation: int = 0  # how often the weights have changed
+    apart: frozenset[int] = (
+        frozenset()
+    )  # ids of column-parallel linears that their block feeds with something else than its input
     materialised: Counter[str] = field(default_factory=Counter)
     entries: dict[int, ParameterEntry] = field(
         default_factory=dict
@@ -134,9 +138,8 @@ class ShardingState:
         summed in one backward node of the whole forward, which is wrong where layers have backward passes of their own.
         """
         cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
-        return TokenRegion(
-            batch, seq, cut, self.groups, self.exchange, together=self.partial.together() if together else None
-        )
+        sums = self.partial.together() if together else None
+        return TokenRegion(batch, seq, cut, self.groups, self.exchange, together=sums, apart=self.apart)
 
     @contextmanager
     def within(self, region: TokenRegion | None) -> Iterator[None]:

@@ -11,16 +11,18 @@ __all__ = ["is_tokenwise"]
 
 
 @torch.no_grad()
-def is_tokenwise(module: nn.Module, hidden_size: int) -> bool:
+def is_tokenwise(module: nn.Module, hidden_size: int, like: Tensor | None = None) -> bool:
     """True if `module` maps [1, n, h] to [1, n, h'] (or several of them) row by row, for any n and any order of the rows.
 
     Measured on random rows with the module's own weights, in evaluation mode; the module is left as it was. A module whose
-    weights have no values (on the meta device, or fake tensors) is measured with random ones.
+    weights have no values (on the meta device, or fake tensors) is measured with random ones. One without parameters is
+    measured in the dtype and on the device of `like`.
     """
-    parameter = next(module.parameters())
+    parameter = next(module.parameters(), like)
+    assert parameter is not None, "a module without parameters needs a tensor that is like its inputs"
     if parameter.is_meta or type(parameter.data) is not Tensor:
         module = _with_values(module)
-        parameter = next(module.parameters())
+        parameter = next(module.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, 4, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
     was_training = module.training

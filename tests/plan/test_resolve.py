@@ -325,12 +325,26 @@ def test_families_and_plans_import_no_torch() -> None:
             assert not heavy, f"{file}: imports {heavy}"
 
 
+def test_no_code_asks_for_a_model_type() -> None:
+    """What is particular about a type is data, in families/."""
+    root = Path(ds_seqpar.__file__).parent
+    for file in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+            names = {getattr(side, "attr", getattr(side, "id", "")) for side in sides}
+            texts = [
+                c for side in sides for c in ast.walk(side) if isinstance(c, ast.Constant) and isinstance(c.value, str)
+            ]
+            assert not ("model_type" in names and texts), f"{file}, line {node.lineno}: asks for a model type"
+
+
 def test_a_family_file_is_data() -> None:
     """No functions, classes or branches: assignments of literals."""
     root = Path(ds_seqpar.__file__).parent / "families"
     for file in root.glob("*.py"):
         if file.name == "__init__.py":
             continue
+        assert len(file.read_text().splitlines()) <= 60, f"{file.name} is long for a data file"
         _, *body = ast.parse(file.read_text()).body
         for node in body:
             assert isinstance(node, ast.Assign), f"{file.name}, line {node.lineno}: not an assignment"
