@@ -218,6 +218,39 @@ TRAINED_COPIES: dict[str, Any] = dict(
 )
 
 
+def _kept_for_linears(train_base: bool) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of what the nodes of parallel linears and of the loss keep for backward, beside parameters."""
+    fresh_groups()
+    model = _adapted("llama", dtype=torch.float32, target_modules=["q_proj", "gate_proj"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(train_base or "lora_" in name)
+    ds_seqpar.shard(model, {"tp_size": 2})
+    loss = model(**batches(1, 2, 8)[0]).loss
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept: dict[str, list[tuple[int, ...]]] = {}
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [other for other, _ in node.next_functions]
+        tensors = [x for x in getattr(node, "saved_tensors", ()) if x is not None and x.data_ptr() not in weights]
+        kept.setdefault(node.name(), []).extend(tuple(x.shape) for x in tensors)
+    return kept
+
+
+def test_a_frozen_base_keeps_no_input_for_its_weights_gradients() -> None:
+    frozen, trained = (run_ranks(2, _kept_for_linears, train, timeout=60)[0] for train in (False, True))
+    tokens, layers, hidden, intermediate, attended = 2 * 8, 2, 48, 50, 64
+    gate_and_up = [(tokens, intermediate // 2)] * 2 * layers  # the activation's own inputs, also for dx
+    assert frozen["_ColumnParallelBackward"] == [] and frozen["_RowParallelBackward"] == gate_and_up, frozen
+    assert frozen["_LinearCrossEntropyBackward"] == [(tokens // 2, hidden), ()], "the gradient of the hidden states"
+    shard, heads = (1, tokens // 2, hidden), (tokens, attended // 2)
+    assert trained["_ColumnParallelBackward"] == [shard] * 2 * layers, "that the base does when it is trained"
+    assert sorted(trained["_RowParallelBackward"]) == sorted(gate_and_up + [heads] * layers)
+
+
 def _merge(folder: str, stage: int, lora: dict[str, Any]) -> None:
     fresh_groups()
     own = lora.get("own", {})
