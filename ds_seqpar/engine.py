@@ -86,7 +86,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """`deepspeed.initialize`, same arguments and results, that shards `model` first if the config holds the key.
 
     `config` (or `config_params`, or `args.deepspeed_config`) is a dict or a path, as DeepSpeed allows. The engine's Report
-    is `engine.seqpar_report`. Without the key, or with `"enabled": false`, the call goes to DeepSpeed untouched.
+    is `engine.seqpar_report`. Without the key, or with `"enabled": false`, the call goes to DeepSpeed untouched. A model that
+    is already sharded for the same key gets another engine, as DeepSpeed allows.
 
     Raises:
         ConfigError: the key, or something beside it, cannot be done; on every rank, before any work.
@@ -107,11 +108,26 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     translated = _translated(ds_config, config, trains)
     require_model(given.get("model"))
     refuse_partitioned(given["model"], section(ds_config, "zero_optimization").get("stage", 0))
-    report = shard(given["model"], config)
+    report = _sharded_before(given["model"], config) or shard(given["model"], config)
     given.update(config=translated, config_params=None, args=_without_config(given.get("args")))
     results = _plain_initialize(**given)
     _finish(results[0], report, config, ds_config)
     return results  # type: ignore[no-any-return]
+
+
+def _sharded_before(model: nn.Module, config: SeqParConfig) -> Report | None:
+    """The Report of a model that an earlier call sharded for the same key: hosts make one engine to evaluate, and another to train.
+
+    Raises PlanError if the earlier engine partitioned it.
+    """
+    if vars(require_model(model)).get("seqpar_config") != config:
+        return None
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise PlanError(
+            "this model already has an engine at ZeRO 3, whose hooks stay on its modules (DPO's precompute_ref_log_probs makes one); "
+            'use "zero_optimization": {"stage": 2} or lower, or build a second model for the other engine'
+        )
+    return report_of(model)
 
 
 def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
@@ -155,6 +171,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         report.remarks.append(f"attention: SDPA takes cuDNN's kernel first, from {LEAST_TOKENS_FOR_CUDNN} tokens on")
     if own_forward is not None:
         hf_model.forward = own_forward
+    hf_model.seqpar_config = config
     _tag(model, groups)
     if model is not hf_model:
         see_through(model)

@@ -10,21 +10,35 @@ from torch import Tensor, nn
 __all__ = ["is_tokenwise"]
 
 
-@torch.no_grad()
 def is_tokenwise(module: nn.Module, hidden_size: int, like: Tensor | None = None) -> bool:
     """True if `module` maps [1, n, h] to [1, n, h'] (or several of them) row by row, for any n and any order of the rows.
 
     Measured on random rows with the module's own weights, in evaluation mode; the module is left as it was. A module whose
     weights have no values (on the meta device, or fake tensors) is measured with random ones. One without parameters is
-    measured in the dtype and on the device of `like`.
+    measured in the dtype and on the device of `like`. A kernel that somebody put on a module of a model still on the CPU may
+    take a GPU's tensors alone: then a copy is measured there.
     """
     parameter = next(module.parameters(), like)
     assert parameter is not None, "a module without parameters needs a tensor that is like its inputs"
     if parameter.is_meta or type(parameter.data) is not Tensor:
         module = _with_values(module)
         parameter = next(module.parameters(), torch.empty(0))
+    found = _measured(module, hidden_size, parameter)
+    device = _accelerator() if found is None and any("forward" in vars(part) for part in module.modules()) else None
+    if device is not None:
+        found = _measured(copy.deepcopy(module).to(device), hidden_size, parameter.to(device))
+    return bool(found)
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+@torch.no_grad()
+def _measured(module: nn.Module, hidden_size: int, like: Tensor) -> bool | None:
+    """None: the module cannot be called with hidden states of the dtype and on the device of `like`."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(1, 4, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
+    rows = torch.randn(1, 4, hidden_size, generator=generator).to(like.device, like.dtype)
     was_training = module.training
     module.eval()
     try:
@@ -32,7 +46,7 @@ def is_tokenwise(module: nn.Module, hidden_size: int, like: Tensor | None = None
         each = [_tensors(module(rows[:, i : i + 1])) for i in (3, 0, 2, 1)]
         singly = tuple(torch.cat(parts, dim=1) for parts in zip(*each, strict=True))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return False
+        return None
     finally:
         module.train(was_training)
     ours, theirs = _tensors(whole), _tensors(singly)

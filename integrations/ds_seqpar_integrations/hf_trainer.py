@@ -2,7 +2,8 @@
 
 Private names it relies on, each held by a contract test:
 `modeling_utils.is_deepspeed_zero3_enabled`, `HfTrainerDeepSpeedConfig.trainer_config_process`, `Trainer._track_num_input_tokens`,
-`Trainer._get_num_items_in_batch`, `trainer.speed_metrics`, `TrainingArguments.hf_deepspeed_config`.
+`Trainer._get_num_items_in_batch`, `trainer.speed_metrics`, `TrainingArguments.hf_deepspeed_config`,
+`neftune.neftune_post_forward_hook`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import modeling_utils
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations import neftune
 
 from ds_seqpar.config import KEY
 from ds_seqpar.errors import ConfigError
+from ds_seqpar.layers.region import ShardingState
+from ds_seqpar.plan.wrappers import unwrapped
 
 from .accelerate import ONLY_WHAT_IS_SAVED, is_on, tp_size_of
 from .wrapping import wrap
@@ -31,6 +37,7 @@ def install() -> None:
     """Adapts transformers. Idempotent; the Trainer itself is imported when a config is first given to it."""
     wrap(modeling_utils, "is_deepspeed_zero3_enabled", _builds_partitioned)
     wrap(hf_deepspeed.HfTrainerDeepSpeedConfig, "trainer_config_process", _process_config)
+    wrap(neftune, "neftune_post_forward_hook", _noise_of_own_rows)
     config = hf_deepspeed.deepspeed_config()
     if tp_size_of(config) > 1 and "autotp_size" not in config.get("tensor_parallel", {}):
         raise ConfigError(
@@ -99,6 +106,19 @@ def _save_model(plain: Callable[..., None], self: Any, *args: Any, **kwargs: Any
         plain(self, *args, **kwargs)
     finally:
         ONLY_WHAT_IS_SAVED.reset(token)
+
+
+def _noise_of_own_rows(plain: Callable[..., Any], embedding: Any, ids: Any, output: Tensor) -> Tensor:
+    """NEFTune scales its noise by the sizes of the output, and hooks see this rank's rows: [1, c, h] of [b, s, h].
+
+    Each rank draws for its own rows, as for a dropout.
+    """
+    state: ShardingState | None = getattr(unwrapped(embedding), "seqpar", None)
+    region = None if state is None else state.region
+    if region is None or not region.cut or tuple(output.shape) != region.local_shape(output.shape[-1]):
+        return plain(embedding, ids, output)  # type: ignore[no-any-return]
+    noise = plain(embedding, ids, torch.zeros_like(output))
+    return output + noise * math.sqrt(region.rows / region.seq)  # type: ignore[no-any-return]
 
 
 _evaluating: contextvars.ContextVar[Any] = contextvars.ContextVar("the Trainer that evaluates")

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,17 @@ def _same(mine: list[dict[str, Any]], theirs: dict[str, Any], *, without: tuple[
         assert_same_log(ours["log"], theirs["log"], without=without)
         for name in ("events", "samples"):
             assert ours[name] == theirs[name], name
-        for mine_counted, counted in zip(ours["counts"], theirs["counts"], strict=True):
-            assert mine_counted == pytest.approx(counted, rel=0.03), "samples, steps, tokens a second; both are rounded"
-        assert ours.get("predicted_counts") == pytest.approx(theirs.get("predicted_counts"), rel=0.03)
+        _same_counts(ours, theirs)
         for name in set(theirs["state"]) - {"loss"}:
             assert ours["state"][name] == theirs["state"][name], name
     assert all(ours["predictions"] == mine[0]["predictions"] for ours in mine)
+
+
+def _same_counts(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Samples, steps, tokens a second, times the seconds; the Trainer rounds both."""
+    for ours, expected in zip(mine["counts"], theirs["counts"], strict=True):
+        assert ours == pytest.approx(expected, rel=0.03)
+    assert mine.get("predicted_counts") == pytest.approx(theirs.get("predicted_counts"), rel=0.03)
 
 
 def test_two_ranks_train_evaluate_predict_and_save_as_one_process(model: str, tmp_path: Path) -> None:
@@ -87,47 +91,88 @@ def test_four_ranks_with_zero_3_train_as_one_process(model: str, tmp_path: Path)
     for ours in mine:
         assert_same_log(ours["log"], alone["log"], without=eval_loss)
         assert {**ours["state"], "loss": 0} == {**alone["state"], "loss": 0}
+        assert (ours["events"], ours["samples"]) == (alone["events"], alone["samples"]), (
+            "generated from partitioned weights"
+        )
     assert mine[0]["seen"] == mine[1]["seen"] and mine[2]["seen"] == mine[3]["seen"]
     first, second = mine[0]["seen"][:4], mine[2]["seen"][:4]  # an epoch of 16 rows
     assert [x for pair in zip(first, second) for x in pair] == alone["seen"][:8]
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
 
 
-@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["shuffled", "iterable"])
-def test_two_groups_of_two_take_the_batches_of_two_plain_ranks(model: str, tmp_path: Path, stream: bool) -> None:
-    """Also what accelerate does for data parallelism stays: odd tails, evaluation over two shares, streams."""
-    # Without the key accelerate sends batches of a stream from rank 0, which must then be of one size.
-    job = _job(model, rows=16 if stream else 13, stream=stream, longest=4 if stream else 9)
-    plain = _run(2, job, tmp_path / "plain", deepspeed_json(tp_size=None))
-    mine = _run(4, job, tmp_path / "mine", deepspeed_json())
+def _as_plain_ranks(mine: list[dict[str, Any]], plain: list[dict[str, Any]]) -> None:
+    """Four ranks of two groups, and two ranks without the key: each group is one of these, batch by batch."""
     for rank, ours in enumerate(mine):
         theirs = plain[rank // 2]
         assert_same_log(ours["log"], theirs["log"])
+        _same_counts(ours, theirs)
         assert {**ours["state"], "loss": 0} == {**theirs["state"], "loss": 0}
-        if not stream:  # without the key accelerate reads a stream on rank 0 and sends the batches
-            assert ours["seen"] == theirs["seen"]
+        for name in ("seen", "events", "samples"):
+            assert ours[name] == theirs[name], name
+
+
+def test_two_groups_of_two_take_the_batches_of_two_plain_ranks(model: str, tmp_path: Path) -> None:
+    """Also what accelerate does for data parallelism stays: odd tails, evaluation over two shares."""
+    job = _job(model, rows=13)
+    plain = _run(2, job, tmp_path / "plain", deepspeed_json(tp_size=None))
+    _as_plain_ranks(_run(4, job, tmp_path / "mine", deepspeed_json()), plain)
     # Without the key DeepSpeed's copies lose the tie, and the head is written a second time.
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "plain" / "saved", also=("lm_head.weight",))
 
 
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_stream_without_a_length_is_read_by_every_rank(model: str, tmp_path: Path, world: int) -> None:
+    """Rows of any length, and a tail that does not fill a batch."""
+    job = _job(model, rows=13, stream=True)
+    if world == 2:
+        alone = _run(1, job, tmp_path / "plain")[0]
+        mine = _run(2, job, tmp_path / "mine", deepspeed_json())
+        _same(mine, alone)
+        assert mine[0]["seen"] == mine[1]["seen"] == alone["seen"]
+        return
+    reading = {**job["arguments"], "accelerator_config": {"dispatch_batches": False}}  # else rank 0 reads for both
+    plain = _run(2, {**job, "arguments": reading}, tmp_path / "plain", deepspeed_json(tp_size=None))
+    assert plain[0]["seen"] != plain[1]["seen"]
+    _as_plain_ranks(_run(4, job, tmp_path / "mine", deepspeed_json()), plain)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "gradient_checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}),
-    "reentrant": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+    "reentrant, smoothed": dict(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}, label_smoothing_factor=0.1
+    ),
     "label_smoothing": dict(label_smoothing_factor=0.1),
     "grouped_by_length": dict(train_sampling_strategy="group_by_length", remove_unused_columns=False),
     "drop_last": dict(dataloader_drop_last=True, average_tokens_across_devices=False),
-    "weight_decay": dict(max_grad_norm=0.0, eval_accumulation_steps=1, weight_decay=0.1),
-}
-QUICK = {"gradient_checkpointing", "reentrant", "label_smoothing"}
+    "weight_decay": dict(max_grad_norm=0.0, weight_decay=0.1),
+    "evaluation": dict(
+        eval_accumulation_steps=1, prediction_loss_only=False, per_device_eval_batch_size=3,
+        include_num_input_tokens_seen="all",
+    ),
+}  # fmt: skip
+QUICK = {("gradient_checkpointing", 2), ("reentrant, smoothed", 2)}
 
 
-@pytest.mark.parametrize("option", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in OPTIONS])
-def test_an_option_of_the_trainer_gives_the_same_run(model: str, tmp_path: Path, option: str) -> None:
-    job = _job(model, arguments=OPTIONS[option])
-    alone = _run(1, job, tmp_path / "alone")[0]
+@pytest.mark.parametrize(
+    ("option", "world"),
+    [
+        pytest.param(option, world, marks=() if (option, world) in QUICK else pytest.mark.slow)
+        for world in (2, 4)
+        for option in OPTIONS
+    ],
+)
+def test_an_option_of_the_trainer_gives_the_same_run(model: str, tmp_path: Path, option: str, world: int) -> None:
+    job = _job(model, arguments=OPTIONS[option], preprocess=option == "evaluation")
+    if world == 4:
+        plain = _run(2, job, tmp_path / "plain", deepspeed_json(2, tp_size=None))
+        _as_plain_ranks(_run(4, job, tmp_path / "mine", deepspeed_json(2)), plain)
+        assert_same_files(tmp_path / "mine" / "saved", tmp_path / "plain" / "saved", also=("lm_head.weight",))
+        return
+    alone = _run(1, job, tmp_path / "plain")[0]
     mine = _run(2, job, tmp_path / "mine", deepspeed_json(2))
     _same(mine, alone)
-    assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+    assert mine[0]["seen"] == mine[1]["seen"] == alone["seen"]
+    assert_same_files(tmp_path / "mine" / "saved", tmp_path / "plain" / "saved")
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -183,158 +228,77 @@ def test_torch_compile_is_refused_by_name(model: str, tmp_path: Path) -> None:
         run_ranks(2, _compiled, model, str(tmp_path), timeout=60)
 
 
-def _kernels(model: str) -> None:
-    """What Liger and `use_kernels` do: forwards on the objects of norms and MLPs, and a loss of their own unless told not to."""
+@pytest.mark.slow
+def test_a_trainer_that_does_not_train_evaluates_and_predicts(model: str, tmp_path: Path) -> None:
+    """transformers allows it at ZeRO 3 alone."""
+    job = _job(model, train=False)
+    alone = _run(1, job, tmp_path / "alone")[0]
+    assert alone["samples"] and alone["log"]
+    _same(_run(2, job, tmp_path / "mine", deepspeed_json(3)), alone)
+    assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+
+def _noise(adapted: bool) -> list[float]:
+    """NEFTune's noise on an embedding, as activate_neftune puts it there: its largest value, and the sum of all of it."""
     import torch
     from exactness import fresh_groups
-    from sharding import same_loss_and_gradients
-    from transformers import TrainingArguments
-
-    import ds_seqpar
-
-    class Swapped:
-        @staticmethod
-        def norm(self: Any, x: Any) -> Any:
-            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-        @staticmethod
-        def mlp(self: Any, x: Any) -> Any:
-            return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)) * 2.0
-
-    def swapped(of: Any) -> Any:
-        for name, module in of.named_modules():
-            kind = Swapped.norm if name.endswith("norm") else Swapped.mlp if name.endswith("mlp") else None
-            if kind is not None:
-                module.forward = types.MethodType(kind, module)
-        return of.train()
-
-    fresh_groups()
-    ours, theirs = (swapped(tiny("llama", dtype=torch.float64)) for _ in range(2))
-    ds_seqpar.shard(ours, {"tp_size": 2})
-    batch = batches(1, 2)[0]
-    same_loss_and_gradients(ours, theirs, lambda of: of(**batch).loss)
-    with torch.no_grad():
-        mine, expected = (of.eval()(**batch).loss for of in (ours, theirs))
-        torch.testing.assert_close(mine, expected, check_dtype=False, rtol=1e-6, atol=0)
-    arguments = TrainingArguments(
-        output_dir="out", use_cpu=True, deepspeed=deepspeed_json(), use_liger_kernel=True, per_device_train_batch_size=2
-    )
-    assert arguments.liger_kernel_config == {"fused_linear_cross_entropy": False}
-
-
-def test_kernels_on_module_objects_stay_and_their_loss_is_turned_off(model: str) -> None:
-    run_ranks(2, _kernels, model, timeout=60)
-
-
-def _hub_kernels(model: str) -> None:
-    """What `use_kernels` does: forwards on the objects of modules whose class names a kernel, anew with every change of mode."""
-    import torch
-    from exactness import fresh_groups
-    from sharding import same_loss_and_gradients
+    from transformers.integrations import neftune
 
     import ds_seqpar
 
     fresh_groups()
-    ours, theirs = (tiny("llama", dtype=torch.float64).train() for _ in range(2))
-    norms = [m for m in ours.modules() if type(m).__name__ == "LlamaRMSNorm"]
-    type(norms[0]).kernel_layer_name = "RMSNorm"
-    ours._use_kernels = True
-    for norm in norms:
-        norm.forward = types.MethodType(lambda self, x: x * 3.0, norm)
-    report = ds_seqpar.shard(ours, {"tp_size": 2})
-    assert [x for x in report.remarks if x.startswith("use_kernels is turned off for 5 modules")]
-    batch = batches(1, 2)[0]
-    ours.eval(), ours.train()
-    same_loss_and_gradients(ours, theirs, lambda of: of(**batch).loss)
-    norms[2].forward = types.MethodType(lambda self, x: x * 3.0, norms[2])
-    with pytest.raises(
-        ds_seqpar.PlanError, match=r"layers.1.input_layernorm was replaced by .* after the model was sharded"
-    ):
-        ours(**batch)
+    model, seen = tiny("llama").train(), []
+    if adapted:
+        from peft import LoraConfig, get_peft_model
 
-    linear = tiny("llama")
-    linear.model.layers[0].mlp.up_proj.forward = types.MethodType(lambda self, x: x, linear.model.layers[0].mlp.up_proj)
-    liger = tiny("llama")
-    liger.forward = types.MethodType(_as_ligers, liger)
-    for wrong, message in (
-        (linear, "up_proj was replaced on the object"),
-        (liger, "Liger replaced the forward of Llama"),
-    ):
-        shapes = [p.shape for p in wrong.parameters()]
-        with pytest.raises(ds_seqpar.PlanError, match=message):
-            ds_seqpar.shard(wrong, {"tp_size": 2})
-        assert shapes == [p.shape for p in wrong.parameters()]
+        model = get_peft_model(model, LoraConfig(target_modules=["embed_tokens", "q_proj"])).train()
+    ds_seqpar.shard(model, {"tp_size": 2})
+    embedding = model.get_input_embeddings()
+    for hook in (1, 0, 1):
+        keep = embedding.register_forward_hook(lambda module, ids, output: seen.append(output.detach().clone()))
+        if not hook:
+            keep.remove()
+            neftune.activate_neftune(model, 5.0)
+    torch.manual_seed(3)
+    model(**batches(1, 4)[0]).loss.backward()
+    noise = seen[1] - seen[0]
+    return [float(noise.abs().max()), float(noise.sum())]
 
 
-def _as_ligers(self: Any, input_ids: Any = None) -> None:
-    """A stand-in for Liger's fused loss, by the name of its module."""
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_neftunes_noise_has_the_size_that_it_has_on_one_process(adapted: bool) -> None:
+    largest = 5.0 / (7 * 48) ** 0.5  # alpha / sqrt(s * h)
+    first, second = run_ranks(2, _noise, adapted, timeout=60)
+    assert first[1] != second[1], "every rank draws for its own rows"
+    for found, _ in (first, second):
+        assert 0.98 * largest < found <= 1.0001 * largest
 
 
-_as_ligers.__module__ = "liger_kernel.transformers.model.llama"
-
-
-def test_hub_kernels_are_turned_off_and_replaced_forwards_refused(model: str) -> None:
-    run_ranks(2, _hub_kernels, model, timeout=60)
-
-
-def _attending(seen: list[tuple[int, ...]]) -> Any:
-    import torch
-
-    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **_: Any) -> Any:
-        seen.append(tuple(query.shape))
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        causal = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
-        weights = (query @ key.transpose(-1, -2) * scaling).masked_fill(~causal, -1e30).softmax(-1)
-        return (weights @ value).transpose(1, 2).contiguous(), None
-
-    return attend
-
-
-def _attention_of_a_user(model: str) -> list[tuple[int, ...]]:
-    """Any `attn_implementation` gets whole sequences of this rank's heads; here one that somebody registered."""
-    import torch
-    from exactness import fresh_groups
-    from sharding import same_loss_and_gradients
-    from transformers import AttentionInterface
-
-    import ds_seqpar
-
-    seen: list[tuple[int, ...]] = []
-    AttentionInterface.register("of_a_user", _attending(seen))
-    fresh_groups()
-    ours, theirs = (tiny("llama", dtype=torch.float64).train() for _ in range(2))
-    for of in (ours, theirs):
-        of.set_attn_implementation("of_a_user")
-    ds_seqpar.shard(ours, {"tp_size": 2})
-    batch = {name: x for name, x in batches(1, 2)[0].items() if name != "attention_mask"}
-    same_loss_and_gradients(ours, theirs, lambda of: of(**batch).loss)
-    return seen
-
-
-def test_an_attention_implementation_sees_whole_sequences_of_its_heads(model: str) -> None:
-    for seen in run_ranks(2, _attention_of_a_user, model, timeout=60):
-        heads = {shape[1] for shape in seen}
-        assert {shape[2] for shape in seen} == {7} and heads == {6, seen[0][1]} and seen[0][1] < 6
-
-
-def test_checkpoints_resume_and_the_best_one_is_loaded(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "stage"), [(2, 1), pytest.param(4, 3, marks=pytest.mark.slow)])
+def test_checkpoints_resume_and_the_best_one_is_loaded(model: str, tmp_path: Path, world: int, stage: int) -> None:
     saving: dict[str, Any] = dict(
         save_strategy="steps", save_steps=2, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="logprob",
-        greater_is_better=True, learning_rate=1e-2,
+        greater_is_better=True, learning_rate=1e-2, gradient_accumulation_steps=4 // world,
     )  # fmt: skip
-    job = _job(model, arguments=saving)
-    alone = _run(1, job, tmp_path / "alone")[0]
-    mine = _run(2, job, tmp_path / "mine", deepspeed_json())
-    _same(mine, alone)
+    job = _job(model, arguments=saving, rows=8 * world // 2 if world > 2 else 11)
+    one = {**job, "arguments": {**job["arguments"], "gradient_accumulation_steps": 2}}
+    alone = _run(1, one, tmp_path / "alone")[0]
+    mine = _run(world, job, tmp_path / "mine", deepspeed_json(stage))
+    eval_loss = ("eval_loss",) if world > 2 else ()  # a mean of batch means: it depends on how the rows are batched
+    for ours in mine:
+        assert_same_log(ours["log"], alone["log"], without=eval_loss)
+        assert {**ours["state"], "loss": 0} == {**alone["state"], "loss": 0}
+    if world == 2:
+        _same(mine, alone)
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
     best = alone["state"]["best"]
     kept = {path.name for path in (tmp_path / "alone" / "trainer").iterdir()}
     assert {path.name for path in (tmp_path / "mine" / "trainer").iterdir()} == kept and best in kept
     (tmp_path / "resumed").mkdir()
     first = {**job["arguments"], "max_steps": 4, "load_best_model_at_end": False, "save_total_limit": None}
-    whole = _run(2, {**job, "arguments": first}, tmp_path / "resumed", deepspeed_json())
+    whole = _run(world, {**job, "arguments": first}, tmp_path / "resumed", deepspeed_json(stage))
     shutil.rmtree(tmp_path / "resumed" / "trainer" / "checkpoint-4")
-    again = _run(2, {**job, "arguments": first, "resume": True}, tmp_path / "resumed", deepspeed_json())
+    again = _run(world, {**job, "arguments": first, "resume": True}, tmp_path / "resumed", deepspeed_json(stage))
     for ours, theirs in zip(again, whole, strict=True):
         assert_same_log(ours["log"], theirs["log"], without=("train_loss",))
         assert ours["events"] == ["train_begin", "step 3", "step 4"]
@@ -388,14 +352,12 @@ def test_dispatched_batches_are_refused_by_name(model: str, tmp_path: Path) -> N
 
 
 LAUNCHERS = {
-    "torchrun": (["-m", "torch.distributed.run", "--nproc_per_node", "2"], [], True),
-    "deepspeed --module ds_seqpar.run": (
-        ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "ds_seqpar.run"], [], False,
-    ),
-    "accelerate launch": (
-        ["-m", "accelerate.commands.launch", "--use_deepspeed", "--deepspeed_config_file", "ds.json", "--num_processes", "2"],
-        [], True,
-    ),
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"],
+    "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "PORT"],
+    "accelerate": [
+        "accelerate.commands.launch", "--use_deepspeed", "--deepspeed_config_file", "ds.json", "--num_processes", "2",
+        "--main_process_port", "PORT",
+    ],
 }  # fmt: skip
 
 
@@ -408,26 +370,26 @@ def _free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    "launcher", [pytest.param(x, marks=() if "run" in x and "torch" in x else pytest.mark.slow) for x in LAUNCHERS]
+    ("launcher", "module"),
+    [
+        pytest.param(launcher, module, marks=() if launcher == "torchrun" and not module else pytest.mark.slow)
+        for launcher in LAUNCHERS
+        for module in (False, True)
+    ],
 )
-def test_a_launcher_starts_the_script_as_a_user_would(model: str, tmp_path: Path, launcher: str) -> None:
+def test_a_launcher_starts_the_script_as_a_user_would(model: str, tmp_path: Path, launcher: str, module: bool) -> None:
     """The JSON is a path; the script gets one import, or none at all through ds_seqpar.run."""
-    command, _, imports = LAUNCHERS[launcher]
     job = _job(model, rows=8, predict=False, arguments=dict(max_steps=2, eval_strategy="no"))
     alone = _run(1, job, tmp_path / "alone")[0]
-    assert "seqpar" not in Path(hf_trainer.__file__).read_text()
     (tmp_path / "ds.json").write_text(json.dumps(deepspeed_json()))
-    if launcher != "accelerate launch":
+    if launcher != "accelerate":
         job["arguments"]["deepspeed"] = "ds.json"
     (tmp_path / "job.json").write_text(json.dumps(job))
-    script = tmp_path / "train.py"
-    text = Path(hf_trainer.__file__).read_text()
-    script.write_text(text.replace("import argparse\n", "import ds_seqpar\nimport argparse\n", 1) if imports else text)
-    port = ["--main_process_port" if "accelerate" in launcher else "--master_port", str(_free_port())]
-    if "module" in launcher:
-        command = [*command[:2], *port, *command[2:]]
-    else:
-        command = [*command, *port]
+    script, text = tmp_path / "train.py", Path(hf_trainer.__file__).read_text()
+    assert "seqpar" not in text
+    script.write_text(text if module else text.replace("import argparse\n", "import ds_seqpar\nimport argparse\n", 1))
+    command = [x.replace("PORT", str(_free_port())) for x in LAUNCHERS[launcher]]
+    command += [*(["--module", "ds_seqpar.run"] if module else []), str(script)]
     (tmp_path / "mine").mkdir()
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {
@@ -435,7 +397,7 @@ def test_a_launcher_starts_the_script_as_a_user_would(model: str, tmp_path: Path
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, *command, str(script), "--job", "job.json", "--out", "mine"], cwd=tmp_path, env=environment,
+        [sys.executable, "-m", *command, "--job", "job.json", "--out", "mine"], cwd=tmp_path, env=environment,
         capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

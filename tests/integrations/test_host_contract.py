@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments, modeling_utils
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations import neftune
 
 from ds_seqpar_integrations import accelerate as accelerate_adapter
 from ds_seqpar_integrations import hf_trainer
@@ -129,6 +130,14 @@ def _speed_metrics() -> None:
         )
 
 
+def _neftune() -> None:
+    name = "neftune.neftune_post_forward_hook"
+    _must("register_forward_hook(neftune_post_forward_hook)" in _source(neftune.activate_neftune), name, "it is a hook")
+    source = _source(neftune.neftune_post_forward_hook)
+    _must("output.size(1) * output.size(2)" in source, name, "the noise is scaled by the shape of the output")
+    _must("output + torch.zeros_like(output)" in source, name, "it is added to the output")
+
+
 CONTRACT: dict[str, Callable[[], None]] = {
     "Accelerator._prepare_deepspeed": _prepare_deepspeed,
     "AcceleratorState.ds_device_mesh": _ds_device_mesh,
@@ -139,6 +148,7 @@ CONTRACT: dict[str, Callable[[], None]] = {
     "Trainer._get_num_items_in_batch": _num_items,
     "trainer.speed_metrics": _speed_metrics,
     "TrainingArguments.hf_deepspeed_config": _hf_config,
+    "neftune.neftune_post_forward_hook": _neftune,
 }
 
 

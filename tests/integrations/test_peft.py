@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -323,26 +324,70 @@ def test_adapters_are_saved_and_merged_as_unsharded(tmp_path: Path, stage: int, 
     assert_same_files(tmp_path / "merged", tmp_path / "their_merged")
 
 
+# A's gradient is zero until B is not: AdamW would scale up its rounding without a larger epsilon.
+ARGUMENTS: dict[str, Any] = dict(
+    per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-2, adam_epsilon=1e-3,
+    max_grad_norm=0.5, save_strategy="no", eval_strategy="no", gradient_checkpointing=True,
+)  # fmt: skip
+TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+def _lora_job(folder: Path, **arguments: Any) -> dict[str, Any]:
+    """A Trainer's job on a model that is saved in `folder`."""
+    tiny("llama").save_pretrained(folder / "model")
+    lora = {"r": 3, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    job = {"model": str(folder / "model"), "rows": 16, "lora": lora, "predict": False}
+    return {**job, "arguments": {**ARGUMENTS, **arguments}}
+
+
 @pytest.mark.parametrize(("stage", "world"), [pytest.param(1, 2, marks=SLOW), (3, 4)])
 def test_the_trainer_trains_and_saves_lora_as_one_process(tmp_path: Path, stage: int, world: int) -> None:
-    tiny("llama").save_pretrained(tmp_path / "model")
-    # A's gradient is zero until B is not: AdamW would scale up its rounding without a larger epsilon.
-    arguments: dict[str, Any] = dict(
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-2, adam_epsilon=1e-3,
-        max_grad_norm=0.5, save_strategy="no", eval_strategy="no", gradient_checkpointing=True,
-    )  # fmt: skip
-    lora = {"r": 3, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    job = {"model": str(tmp_path / "model"), "rows": 16, "arguments": arguments, "lora": lora, "predict": False}
+    job = _lora_job(tmp_path)
     for name in ("alone", "mine"):
         (tmp_path / name).mkdir()
-    one = {**job, "arguments": {**arguments, "gradient_accumulation_steps": world}}
+    one = {**job, "arguments": {**job["arguments"], "gradient_accumulation_steps": world}}
     alone = run_ranks(1, _on_rank, one, str(tmp_path / "alone"), deepspeed=False)[0]
-    sharded = {**job, "arguments": {**arguments, "deepspeed": deepspeed_json(stage)}}
+    sharded = {**job, "arguments": {**job["arguments"], "deepspeed": deepspeed_json(stage)}}
     for ours in run_ranks(world, _on_rank, sharded, str(tmp_path / "mine"), timeout=120):
         assert_same_log(ours["log"], alone["log"], without=("total_flos",))
         if stage < 3:  # there the Trainer asks DeepSpeed for what is trained
             assert ours["gathered"] and all(ours["gathered"]), "saving adapters gathers nothing of the base"
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "world"), [(1, 2), (3, 4)])
+def test_the_trainer_resumes_lora_and_loads_the_best_adapter(tmp_path: Path, stage: int, world: int) -> None:
+    saving: dict[str, Any] = dict(
+        max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="logprob", greater_is_better=False,
+    )  # fmt: skip
+    sizes = {
+        "alone": (1, {"gradient_accumulation_steps": world}),
+        "mine": (world, {"deepspeed": deepspeed_json(stage)}),
+    }
+
+    def compare(resume: bool) -> None:
+        runs = {}
+        for name, (ranks, own) in sizes.items():
+            job = _lora_job(tmp_path, **saving, **own)
+            (tmp_path / name).mkdir(exist_ok=True)
+            if resume:
+                shutil.rmtree(tmp_path / name / "trainer" / "checkpoint-4")
+            job = {**job, "resume": resume}
+            runs[name] = run_ranks(ranks, _on_rank, job, str(tmp_path / name), timeout=120, deepspeed=ranks > 1)
+        alone = runs["alone"][0]
+        for ours in runs["mine"]:
+            # A mean of batches' losses depends on how the rows are batched; on resuming, the Trainer's mean on the run.
+            assert_same_log(ours["log"], alone["log"], without=("total_flos", "eval_loss", "train_loss"))
+            assert (
+                ours["events"] == alone["events"] == ["train_begin", *(f"step {i}" for i in range(1 + 2 * resume, 5))]
+            )
+            assert ours["state"]["best"] == alone["state"]["best"] == "checkpoint-2"
+        assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+    compare(resume=False)
+    compare(resume=True)
 
 
 def _on_rank(job: dict[str, Any], out: str) -> dict[str, Any]:

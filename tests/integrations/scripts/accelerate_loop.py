@@ -52,13 +52,11 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
             rates.append(scheduler.get_last_lr()[0])
 
     epoch()
-    report: dict[str, Any] = {}
     if job.get("states", True):
         accelerator.save_state(str(out / "state"))
         epoch()
-        again = losses[-len(losses) // 2 :]
         accelerator.load_state(str(out / "state"))
-        report["state"] = (again, len(losses))
+        epoch()  # from the weights, moments, rates and rows that were saved
     model.eval()
     predicted, names = [], []
     with torch.no_grad():
@@ -73,7 +71,8 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     unwrapped = accelerator.unwrap_model(model)
     if accelerator.is_main_process:
         unwrapped.save_pretrained(out / "saved", state_dict=weights)
-    return report | {
+    accelerator.save_model(model, str(out / "weights"))
+    return {
         "losses": losses, "rates": rates, "norms": norms, "tokens": tokens, "processes": processes, "names": names,
         "type": type(unwrapped).__name__,
         "predicted": [[x.tolist() for x in pair] for pair in predicted],

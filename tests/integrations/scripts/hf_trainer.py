@@ -111,7 +111,7 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     texts = job.get("texts", False)
     arguments = (Seq2SeqTrainingArguments if texts else TrainingArguments)(
         output_dir=str(out / "trainer"), use_cpu=True, logging_steps=1, disable_tqdm=True, seed=7,
-        include_num_input_tokens_seen="non_padding", **{"report_to": [], **job["arguments"]},
+        **{"report_to": [], "include_num_input_tokens_seen": "non_padding", **job["arguments"]},
     )  # fmt: skip
     set_seed(7)
     model = AutoModelForCausalLM.from_pretrained(job["model"], attn_implementation=job.get("attention"))
@@ -131,8 +131,11 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     trainer = (Seq2SeqTrainer if texts else Trainer)(
         model=model, args=arguments, train_dataset=Stream(rows) if job.get("stream") else rows, eval_dataset=Rows(5, 9),
         data_collator=remembering, compute_metrics=text_metrics if texts else metrics, callbacks=[watch],
+        preprocess_logits_for_metrics=(lambda logits, labels: logits.log_softmax(-1)) if job.get("preprocess") else None,
     )  # fmt: skip
-    result = trainer.train(resume_from_checkpoint=job.get("resume") or None)
+    result = trainer.train(resume_from_checkpoint=job.get("resume") or None) if job.get("train", True) else None
+    if result is None:
+        trainer.evaluate()
     trained_on = list(seen)
     report: dict[str, Any] = {"events": watch.events, "samples": watch.samples, "seen": trained_on}
     if job.get("predict", True):
@@ -149,7 +152,7 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     report["counts"] = [counts(entry) for entry in trainer.state.log_history]
     report["state"] = {
         "steps": trainer.state.global_step, "tokens": trainer.state.num_input_tokens_seen, "flos": trainer.state.total_flos,
-        "loss": result.training_loss, "total_batch": trainer.get_total_train_batch_size(arguments),
+        "loss": result and result.training_loss, "total_batch": trainer.get_total_train_batch_size(arguments),
         "best": trainer.state.best_model_checkpoint and Path(trainer.state.best_model_checkpoint).name,
     }  # fmt: skip
     report["elements"] = sum(p.numel() for p in trainer.model.parameters())

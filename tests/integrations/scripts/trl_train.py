@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
@@ -80,14 +80,15 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
         from peft import LoraConfig
 
         more["peft_config"] = LoraConfig(**job["lora"])
-    elif job["trainer"] == "dpo":
+    elif job["trainer"] == "dpo" and job.get("reference", True):
         more["ref_model"] = AutoModelForCausalLM.from_pretrained(job["model"])
     if job["trainer"] in ("grpo", "rloo"):
         more["reward_funcs"] = reward
     if job.get("evaluate"):
         more["eval_dataset"] = rows(job["data"], 5)
+    train = rows(job["data"], job.get("rows", 8)) if "disk" not in job else load_from_disk(job["disk"])
     trainer = trainer_class(
-        model=model, args=arguments, train_dataset=rows(job["data"], job.get("rows", 8)), processing_class=tokenizer(), **more
+        model=model, args=arguments, train_dataset=train, processing_class=tokenizer(), **more
     )  # fmt: skip
     trainer.train()
     trainer.save_model(str(out / "saved"))
