@@ -280,6 +280,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def test_importing_ds_seqpar_changes_nothing_without_the_key(alone: dict[str, dict[str, Any]]) -> None:
     plain, imported = alone["plain"], alone["imported"]
     assert not any("ds_seqpar" in name for name in plain["helpers"]) and "ds_seqpar.engine" in imported["helpers"]
+    assert imported["hosts"] == plain["hosts"], "trainers are imported by whoever uses them"
     for what in ("losses", "digest", "random", "elements", "batch"):
         assert plain[what] == imported[what], what
 

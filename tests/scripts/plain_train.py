@@ -48,6 +48,7 @@ def main() -> None:
         "random": torch.rand(2).tolist(),
         "batch": engine.train_batch_size(),
         "helpers": sorted(name for name in sys.modules if name.partition(".")[0].startswith("ds_")),
+        "hosts": [name for name in ("transformers.trainer", "trl", "peft", "datasets") if name in sys.modules],
         "name": __name__,
     }
     (args.out / f"rank{deepspeed.comm.get_rank()}.json").write_text(json.dumps(result))
