@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import modeling_utils
 from transformers.integrations import deepspeed as hf_deepspeed
-from transformers.integrations import neftune
 
 from ds_seqpar.config import KEY
 from ds_seqpar.errors import ConfigError
@@ -37,7 +36,6 @@ def install() -> None:
     """Adapts transformers. Idempotent; the Trainer itself is imported when a config is first given to it."""
     wrap(modeling_utils, "is_deepspeed_zero3_enabled", _builds_partitioned)
     wrap(hf_deepspeed.HfTrainerDeepSpeedConfig, "trainer_config_process", _process_config)
-    wrap(neftune, "neftune_post_forward_hook", _noise_of_own_rows)
     config = hf_deepspeed.deepspeed_config()
     if tp_size_of(config) > 1 and "autotp_size" not in config.get("tensor_parallel", {}):
         raise ConfigError(
@@ -80,6 +78,7 @@ def _process_config(plain: Callable[..., None], self: Any, args: Any, *rest: Any
 
 def _adapt_trainer() -> None:
     from transformers import Trainer, trainer
+    from transformers.integrations import neftune
 
     wrap(Trainer, "_get_num_items_in_batch", _count_items_once)
     wrap(Trainer, "store_flos", _count_flos_once)
@@ -87,6 +86,7 @@ def _adapt_trainer() -> None:
     wrap(Trainer, "evaluate", _while_evaluating)
     wrap(Trainer, "predict", _while_evaluating)
     wrap(trainer, "speed_metrics", _speed)
+    wrap(neftune, "neftune_post_forward_hook", _noise_of_own_rows)
 
 
 def _count_items_once(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -253,6 +253,7 @@ def _noise(adapted: bool) -> list[float]:
     import ds_seqpar
 
     fresh_groups()
+    transformers.TrainingArguments(use_cpu=True, deepspeed=deepspeed_json(), neftune_noise_alpha=5.0)
     model, seen = tiny("llama").train(), []
     if adapted:
         from peft import LoraConfig, get_peft_model

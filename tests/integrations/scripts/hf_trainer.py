@@ -98,7 +98,7 @@ def counts(figures: dict[str, float]) -> dict[str, tuple[float, float]]:
     for name, rate in figures.items():
         if "per_second" in name:
             seconds = figures[name.partition("_")[0] + "_runtime"]
-            found[name] = rate * seconds, rate * 0.5e-4 + seconds * 0.5e-3
+            found[name] = rate * seconds, abs(rate) * 0.5e-4 + abs(seconds) * 0.5e-3
     return found
 
 
