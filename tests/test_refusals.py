@@ -189,7 +189,7 @@ def _under_zero_init() -> Any:
 
 def _sharded() -> Any:
     model = tiny("llama")
-    ds_seqpar.shard(model, {"tp_size": 2})
+    ds_seqpar.shard(model, {"tp_size": 2, "loss_chunk_tokens": 7})  # another key; for the same one it gets an engine
     return model
 
 
