@@ -26,7 +26,8 @@ def is_tokenwise(module: nn.Module, hidden_size: int, like: Tensor | None = None
     found = _measured(module, hidden_size, parameter)
     device = _accelerator() if found is None and any("forward" in vars(part) for part in module.modules()) else None
     if device is not None:
-        found = _measured(copy.deepcopy(module).to(device), hidden_size, parameter.to(device))
+        like = torch.empty(0, dtype=parameter.dtype, device=device)
+        found = _measured(copy.deepcopy(module).to(device), hidden_size, like)
     return bool(found)
 
 
