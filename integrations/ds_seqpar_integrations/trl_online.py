@@ -1,11 +1,13 @@
-"""TRL's trainers that generate while they train (GRPO, RLOO): what they count over ranks is counted over data-parallel ones.
+"""What TRL's trainers do by rank (GRPO and RLOO, which generate; a reference model that follows): done by data-parallel rank.
 
 They deal prompts, group rewards and take their slice of the advantages by process, so that the ranks of a tensor-parallel
-group must be one process to them. TRL is imported by whoever uses it, never here: its classes are adapted once they are there.
+group must be one process to them. DistillationTrainer, whose loss reads the head's weight itself, is refused: a rank holds a part
+of it. TRL is imported by whoever uses it, never here: its classes are adapted once they are there.
 
 Private names it relies on, each held by a contract test:
 `GRPOConfig.__post_init__`, `GRPOTrainer._generate_and_score_completions`, `GRPOTrainer._compute_loss`,
-`gather`, `gather_object` and `set_seed` of `trl.trainer.grpo_trainer`, and the same of RLOO.
+`gather`, `gather_object` and `set_seed` of `trl.trainer.grpo_trainer`, and the same of RLOO,
+`SyncRefModelCallback.sync_target_model` and `_sync_target_model`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ds_seqpar.config import KEY
-from ds_seqpar.errors import ConfigError
+from ds_seqpar.errors import ConfigError, PlanError
 
 from . import data_parallel
 from .accelerate import tp_size_now, tp_size_of
@@ -39,6 +41,12 @@ def adapt() -> None:
             wrap(module, "gather", _gather)
             wrap(module, "gather_object", _gather_object)
             wrap(module, "set_seed", _set_seed)
+    callback = getattr(sys.modules.get("trl.trainer.callbacks"), "SyncRefModelCallback", None)
+    if callback is not None:
+        wrap(callback, "sync_target_model", _sync_reference)
+    distillation = getattr(sys.modules.get("trl.trainer.distillation_trainer"), "DistillationTrainer", None)
+    for method in ("train", "evaluate") if distillation is not None else ():
+        wrap(distillation, method, _refuse_distillation)
 
 
 def _count_shares(config: Any) -> None:
@@ -69,6 +77,29 @@ def _refuse(config: Any) -> None:
             raise ConfigError(
                 f'{option}=True {why} under "{KEY}"; set it to False: the sharded model generates by itself'
             )
+
+
+def _sync_reference(plain: Callable[..., None], model: Any, reference: Any, alpha: float) -> None:
+    """At ZeRO 3 TRL changes the parameters on the world's first rank alone, whose tensor-parallel peers hold other parts."""
+    held = [p for p in (*model.parameters(), *reference.parameters()) if hasattr(p, "ds_id")]
+    if tp_size_now() == 1 or not held:
+        plain(model, reference, alpha)
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(
+        held, modifier_rank=0
+    ):  # every rank makes its change, the first of those that share it is kept
+        sys.modules["trl.trainer.callbacks"].SyncRefModelCallback._sync_target_model(model, reference, alpha)
+
+
+def _refuse_distillation(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if self.get_tp_size() > 1:
+        raise PlanError(
+            f'{type(self).__name__} multiplies by lm_head.weight itself, and under "{KEY}" a rank holds a part of it; train it without '
+            "the key, or distil by another trainer that takes logits from the model"
+        )
+    return plain(self, *args, **kwargs)
 
 
 def _seen_by_shares(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ __all__ = ["wrap"]
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     """Replaces `owner.name` by `around(plain, *args, **kwargs)`. A second call for the same name changes nothing."""
-    plain = getattr(owner, name)
+    plain, static = getattr(owner, name), isinstance(inspect.getattr_static(owner, name), staticmethod)
     if getattr(plain, "_knows_ds_seqpar", False):
         return
 
@@ -20,4 +21,4 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
         return around(plain, *args, **kwargs)
 
     wrapped._knows_ds_seqpar = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
+    setattr(owner, name, staticmethod(wrapped) if static else wrapped)

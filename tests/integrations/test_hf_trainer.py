@@ -244,6 +244,18 @@ def test_a_trainer_that_does_not_train_evaluates_and_predicts(model: str, tmp_pa
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
 
 
+@pytest.mark.slow
+def test_a_batch_size_is_found_as_on_one_process(model: str, tmp_path: Path) -> None:
+    """`auto_find_batch_size` makes another engine over the sharded model for every size."""
+    arguments = dict(auto_find_batch_size=True, per_device_train_batch_size=4, max_steps=2)
+    job = _job(model, rows=16, too_large=4, arguments=arguments)
+    alone = _run(1, job, tmp_path / "alone")[0]
+    mine = _run(2, job, tmp_path / "mine", deepspeed_json())
+    _same(mine, alone)
+    assert mine[0]["seen"] == alone["seen"]
+    assert_same_files(tmp_path / "mine" / "saved", tmp_path / "alone" / "saved")
+
+
 def _noise(adapted: bool) -> list[float]:
     """NEFTune's noise on an embedding, as activate_neftune puts it there: its largest value, and the sum of all of it."""
     import torch

@@ -52,6 +52,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "grpo": {"trainer": "grpo", "data": "prompt", "arguments": dict(**ONLINE, beta=0.1)},
     "grpo_lora": {"trainer": "grpo", "data": "prompt", "arguments": dict(**ONLINE, beta=0.1), "lora": LORA},
     "rloo": {"trainer": "rloo", "data": "prompt", "arguments": dict(**ONLINE, beta=0.1)},
+    "dpo_synced": {
+        "trainer": "dpo",
+        "data": "preference",
+        "arguments": dict(max_length=12, beta=0.5, sync_ref_model=True, ref_model_sync_steps=1),
+    },
+    "kto": {"trainer": "kto", "data": "judged", "arguments": dict(max_length=12, beta=0.5)},
     "dpo_precomputed": {
         "trainer": "dpo",
         "data": "preference",
@@ -85,7 +91,7 @@ def _run(world: int, job: dict[str, Any], out: Path, deepspeed: dict[str, Any] |
     )
 
 
-SLOW = {"dft", "dpo_precomputed", "dpo_lora", "padding_free", "grpo_lora", "rloo"}
+SLOW = {"dft", "dpo_precomputed", "dpo_synced", "kto", "dpo_lora", "padding_free", "grpo_lora", "rloo"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in JOBS])
@@ -146,7 +152,7 @@ def test_generation_batches_are_sized_over_the_data_parallel_ranks(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "grpo"])
 def test_a_trl_trainer_evaluates_as_two_plain_ranks(model: str, tmp_path: Path, name: str) -> None:
     """An odd number of rows over two shares; GRPO generates and rewards them."""
     job = {"model": model, "evaluate": True, **JOBS[name]}
@@ -176,6 +182,12 @@ def test_a_trl_trainer_on_four_ranks_is_the_one_process_run(model: str, tmp_path
 def test_a_second_engine_over_a_partitioned_model_is_refused(model: str, tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"already has an engine at ZeRO 3.*\{\"stage\": 2\} or lower"):
         _run(2, {"model": model, **JOBS["dpo_precomputed"]}, tmp_path / "mine", deepspeed_json(3))
+
+
+def test_distillation_is_refused_by_name(model: str, tmp_path: Path) -> None:
+    job = {"model": model, "trainer": "distillation", "data": "prompt", "arguments": dict(max_completion_length=4)}
+    with pytest.raises(RankError, match=r"DistillationTrainer multiplies by lm_head\.weight itself"):
+        _run(2, job, tmp_path / "mine", deepspeed_json())
 
 
 def _policy(family: str) -> None:
@@ -227,6 +239,17 @@ def test_trl_still_keeps_the_forward_that_is_adopted(model: str) -> None:
     assert {"cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"} <= set(settings)
     fields = set(trl.trainer.utils.FusedCausalLMOutput.__dataclass_fields__)
     assert {"loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"} <= fields
+
+
+def test_trl_still_keeps_how_a_reference_model_follows() -> None:
+    """`SyncRefModelCallback.sync_target_model`, and `_sync_target_model` that it calls on one rank."""
+    import inspect
+
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    source = inspect.getsource(inspect.unwrap(SyncRefModelCallback.sync_target_model))
+    assert "if deepspeed.comm.get_rank() == 0:\n" in source and "modifier_rank=0" in source
+    assert source.count("SyncRefModelCallback._sync_target_model(model, target_model, alpha)") == 2
 
 
 @pytest.mark.parametrize("name", trl_online.TRAINERS)

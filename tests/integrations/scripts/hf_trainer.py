@@ -60,9 +60,14 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 class Watch(TrainerCallback):
     """Keeps what the Trainer told its callbacks, and a sample generated after every evaluation."""
 
-    def __init__(self) -> None:
+    def __init__(self, too_large: int | None = None) -> None:
         self.events: list[str] = []
         self.samples: list[list[int]] = []
+        self.too_large = too_large
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.train_batch_size == self.too_large:
+            raise RuntimeError("CUDA out of memory.")  # as torch says it
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.events.append("train_begin")
@@ -132,7 +137,7 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
         seen.append(zlib.crc32(batch_of_tensors["input_ids"].numpy().tobytes()))
         return batch_of_tensors
 
-    watch = Watch()
+    watch = Watch(job.get("too_large"))
     trainer = (Seq2SeqTrainer if texts else Trainer)(
         model=model, args=arguments, train_dataset=Stream(rows) if job.get("stream") else rows, eval_dataset=Rows(5, 9),
         data_collator=remembering, compute_metrics=text_metrics if texts else metrics, callbacks=[watch],

@@ -10,10 +10,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     RLOOConfig,
     RLOOTrainer,
     SFTConfig,
@@ -22,7 +26,7 @@ from trl import (
 
 TRAINERS: dict[str, tuple[Any, Any]] = {
     "sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer), "grpo": (GRPOConfig, GRPOTrainer),
-    "rloo": (RLOOConfig, RLOOTrainer),
+    "rloo": (RLOOConfig, RLOOTrainer), "kto": (KTOConfig, KTOTrainer), "distillation": (DistillationConfig, DistillationTrainer),
 }  # fmt: skip
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(98))]
@@ -45,6 +49,13 @@ def rows(kind: str, count: int) -> Dataset:
         return Dataset.from_list([{"text": _text(i, 4 + i % 5)} for i in range(count)])
     if kind == "prompt":
         return Dataset.from_list([{"prompt": _text(i, 3 + i % 2)} for i in range(count)])
+    if kind == "judged":
+        return Dataset.from_list(
+            [
+                {"prompt": _text(i, 3) + " ", "completion": _text(i + 1, 3 + i % 3), "label": i % 3 > 0}
+                for i in range(count)
+            ]
+        )
     if kind == "completion":
         return Dataset.from_list(
             [{"prompt": _text(i, 3 + i % 2) + " ", "completion": _text(i + 3, 2 + i % 4)} for i in range(count)]
@@ -80,8 +91,10 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
         from peft import LoraConfig
 
         more["peft_config"] = LoraConfig(**job["lora"])
-    elif job["trainer"] == "dpo" and job.get("reference", True):
+    elif job["trainer"] in ("dpo", "kto") and job.get("reference", True):
         more["ref_model"] = AutoModelForCausalLM.from_pretrained(job["model"])
+    if job["trainer"] == "distillation":
+        more["teacher_model"] = AutoModelForCausalLM.from_pretrained(job["model"])
     if job["trainer"] in ("grpo", "rloo"):
         more["reward_funcs"] = reward
     if job.get("evaluate"):
