@@ -85,11 +85,10 @@ def _sync_reference(plain: Callable[..., None], model: Any, reference: Any, alph
     if tp_size_now() == 1 or not held:
         plain(model, reference, alpha)
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(
-        held, modifier_rank=0
-    ):  # every rank makes its change, the first of those that share it is kept
+    # Every rank makes its change; the first of those that share a partition is kept.
+    with deepspeed.zero.GatheredParameters(held, modifier_rank=0):
         sys.modules["trl.trainer.callbacks"].SyncRefModelCallback._sync_target_model(model, reference, alpha)
 
 
