@@ -23,8 +23,9 @@ from ds_seqpar.comm import collectives, regions, tokens
 from ds_seqpar.comm.exchange import Exchange
 from ds_seqpar.comm.regions import _GatherForPartial, _ReducePartial, _ReduceScatterPartial
 from ds_seqpar.inject import _Injection
-from ds_seqpar.layers import blocks, linear, loss, norm, partial
+from ds_seqpar.layers import blocks, boundaries, linear, loss, norm, partial, token_operations
 from ds_seqpar.layers.blocks import SummedBlock, WholeBlock
+from ds_seqpar.layers.boundaries import ShardedModel
 from ds_seqpar.layers.embedding import VocabParallelEmbedding
 from ds_seqpar.layers.guard import InputGuard
 from ds_seqpar.layers.handles import TokenShard
@@ -49,6 +50,7 @@ class Mutant:
     family: str = "llama"
     key: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
+    head: str = ""  # of model_types.HEADS
     by: str = "step"
     verify: bool = True
 
@@ -421,6 +423,19 @@ def _optimizer(make: Callable[[Any], Any]) -> Patch:
     return _swap(torch.optim.AdamW, "step", make)
 
 
+def _whole_for_replicated(original: Any) -> Any:
+    def whole(self: Any, x: Any) -> Any:
+        if isinstance(x, TokenShard) and torch.is_grad_enabled():
+            return x.region.full_for_replicated(x.local())
+        return original(self, x)
+
+    return whole
+
+
+def _nothing(original: Any) -> Any:
+    return lambda self: None
+
+
 UNTIED: dict[str, Any] = dict(tie_word_embeddings=False)
 ONE_KV: dict[str, Any] = dict(num_key_value_heads=1, num_attention_heads=6)
 PLAIN: dict[str, Any] = dict(sequence_parallel=False)
@@ -460,6 +475,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("experts are summed twice", _swap(SummedBlock, "forward", _twice_reduced), "mixtral", own=EXPERTS),
     Mutant("a repeated block's input gradient is summed", _swap(WholeBlock, "forward", _whole_as_partial),
         key={"plan": {"model.layers.*.mlp": "whole"}}),
+    Mutant("the gradient of an encoder's output is a split", _swap(ShardedModel, "_whole", _whole_for_replicated), "bart",
+        head="seq2seq-lm"),
+    Mutant("every rank's gradient of a pooled token is whole", _swap(boundaries, "share_of_replicated", _identity), "bert",
+        head="sequence-classification"),
+    Mutant("a pooled token is seen by the rank that holds it", _swap(token_operations, "reduce_partial", _identity), "bert",
+        head="sequence-classification"),
+    Mutant("position biases belong to the other rank's heads", _crossed("relative_attention_bias"), "t5", head="seq2seq-lm"),
+    Mutant("a weight's gradient is summed whoever uses it", _swap(_Injection, "_sum_by_use", _nothing), "neomme", head="masked-lm"),
     Mutant("the loss is divided by tp_size", _swap(CausalLMLoss, "__call__", _divided)),
     Mutant("the softmax is over a rank's own vocabulary", _swap(loss, "all_gather", _own_statistics)),
     Mutant("one label too many is counted", _swap(loss, "vocab_parallel_linear_cross_entropy", _counts_ignored)),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import conftest  # noqa: F401  # sets the environment when this file is run as a script
+import torch
 import torch.distributed as dist
 from exactness import compare_adamw, compare_sgd
 from mutants import MUTANTS, Mutant
@@ -50,7 +51,7 @@ def examine(names: list[str] | None) -> list[Outcome]:
     if names is None:
         seen: list[Any] = []
         for mutant in MUTANTS:
-            case = (mutant.family, mutant.key, mutant.own, mutant.by)
+            case = (mutant.family, mutant.key, mutant.own, mutant.head, mutant.by)
             if case not in seen:
                 seen.append(case)
                 outcomes.append(Outcome(f"control: {case}", _verdict(mutant), _checked(mutant)))
@@ -66,7 +67,7 @@ def examine(names: list[str] | None) -> list[Outcome]:
 
 def _verdict(mutant: Mutant) -> str:
     try:
-        found = proven(mutant.family, mutant.key, **mutant.own)
+        found = proven(mutant.family, mutant.key, **_with_head(mutant))
     except Exception as problem:
         return _refused(problem)
     first = found.first_difference
@@ -74,6 +75,10 @@ def _verdict(mutant: Mutant) -> str:
         return ""
     kind = f", measured {first.measured}" if first.claimed != first.measured else ""
     return f"{first.module}: {first.what} off by {first.error:.0e}{kind}"
+
+
+def _with_head(mutant: Mutant) -> dict[str, Any]:
+    return {**mutant.own, "head": mutant.head} if mutant.head else mutant.own
 
 
 def _refused(problem: Exception) -> str:
@@ -99,7 +104,11 @@ def _worst(errors: dict[str, float], names: Callable[[str], bool] = lambda _: Tr
 
 
 def _step(mutant: Mutant) -> str:
-    return _worst(compare_sgd(mutant.family, 2, 1, key=mutant.key, own=mutant.own))
+    return _worst(compare_sgd(mutant.family, 2, 1, key=mutant.key, own=_for_step(mutant), head=mutant.head))
+
+
+def _for_step(mutant: Mutant) -> dict[str, Any]:
+    return {**mutant.own, "dtype": torch.float32} if mutant.head else mutant.own
 
 
 def _clipped(mutant: Mutant) -> str:

@@ -13,7 +13,7 @@ import conftest  # noqa: F401  # sets the environment when this file is run as a
 import torch
 import torch.distributed as dist
 import transformers
-from exactness import fresh_groups
+from exactness import compare_sgd, fresh_groups
 from model_types import (
     ALL,
     MULTIMODAL,
@@ -36,9 +36,20 @@ from ds_seqpar.errors import PlanError
 from ds_seqpar.families import Family, family, has_data_file
 from ds_seqpar.hf import describe
 
-__all__ = ["TOLERANCE", "document", "measured", "parities", "parity"]
+__all__ = ["KINDS", "TOLERANCE", "document", "measured", "parities", "parity", "step_under_deepspeed"]
 
 TOLERANCE = 1e-5
+KINDS = ("bert", "deepseek_v3", "gpt_neox", "gptj", "mixtral", "qwen2", "t5")
+"""A type of each architecture, measured at more sizes: an encoder, latent attention, packed query, key and value, attention beside
+the MLP, experts, grouped heads, an encoder-decoder."""
+
+_ALIGNED: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 56},
+    "gpt_oss": {"intermediate_size": 56},
+    "deepseek_v3": {"moe_intermediate_size": 24},
+}
+"""Products over all experts want rows of 16 bytes: so many that the ranks' parts differ."""
+_PREDICTS = {"bert": "masked-lm", "t5": "seq2seq-lm"}
 
 
 def _loss(model: Any, batch: dict[str, Any], head: str) -> Tensor:
@@ -111,8 +122,19 @@ def parities(model_type: str, heads: tuple[str, ...], **options: Any) -> dict[st
     return {head: parity(model_type, head=head, **options) for head in heads}
 
 
-def measured(model_type: str, tp: int = 2) -> dict[str, Any]:
-    """The line of the table for one type; AssertionError if it is neither exact nor refused by a PlanError."""
+def step_under_deepspeed(model_type: str, stage: int) -> dict[str, float]:
+    """Names above the tolerance after an accumulated step at tp 2, in float32 throughout; run on any number of ranks."""
+    own = {"experts": None, "dtype": torch.float32, **_ALIGNED.get(model_type, {})}
+    head = _PREDICTS.get(model_type, "")
+    errors = compare_sgd(model_type, 2, stage, micro=2 if head else 1, accumulation=2, head=head, own=own)
+    return {name: error for name, error in errors.items() if not error <= 2 * TOLERANCE}
+
+
+def measured(model_type: str, tp: int = 2, *, everywhere: bool = True) -> dict[str, Any]:
+    """The line of the table for one type; AssertionError if it is neither exact nor refused by a PlanError.
+
+    `everywhere`: a type of KINDS also at tp 4, and at tp 2 with two data-parallel ranks.
+    """
     cls = CONFIG_MAPPING[model_type]
     if model_type in MULTIMODAL:  # its language model's plan is the one that counts
         cls = type(tiny_config(model_type).get_text_config())
@@ -140,6 +162,16 @@ def measured(model_type: str, tp: int = 2) -> dict[str, Any]:
         assert not result["bad"], f"{name}: relative errors above {TOLERANCE}: {result['bad']}"
         assert result["cut"], f"{name}: nothing is cut"
     line["whole"] = results[""]["whole"]
+    if everywhere and model_type in KINDS:
+        wide = run_ranks(4, parities, model_type, heads, timeout=600)[0]
+        bad = {head: result["bad"] for head, result in wide.items() if result["bad"]}
+        bad |= {
+            f"rank {rank}": wrong
+            for rank, wrong in enumerate(run_ranks(4, step_under_deepspeed, model_type, 1))
+            if wrong
+        }
+        assert not bad, f"{model_type} on four ranks: {bad}"
+        line["at"] = "tp 2 and 4, tp 2 with dp 2, accumulation 2"
     return {"status": "exact", **line, **({"heads": list(heads[1:])} if len(heads) > 1 else {})}
 
 
@@ -208,7 +240,8 @@ parameter's gradient of the unsharded model, each to a relative error of 1e-5 (f
 of many types compute in float32). "Whole" names the blocks that every rank repeats on all tokens: exact, but not divided. Of a
 model of several parts the language model is sharded, by the plan of the type that stands in the column; the rest of it, such as a
 vision tower, is whole on every rank, and its gradients are compared too. A gradient of less than 1e-8 of the largest is zero but
-for rounding, and must be in both. "With" names the heads that were measured beside the
+for rounding, and must be in both. One type of each architecture is also measured at tp 4, and at tp 2 with two data-parallel ranks
+under DeepSpeed (ZeRO 1, float32, the change of every weight to 2e-5). "With" names the heads that were measured beside the
 causal language model's (or, for a type without one, beside the bare model's hidden states), each with its own loss in transformers.
 
 {table}

@@ -13,8 +13,10 @@ from model_types import HEADS, batches_for, heads_of, tiny_of
 from parity import parities, parity
 from ranks import run_ranks
 from sharding import proven
+from torch import Tensor
 
 import ds_seqpar
+from ds_seqpar.layers.region import ShardingState
 
 KINDS = (
     "bart",
@@ -70,7 +72,7 @@ def _verdicts(cases: list[tuple[str, str]]) -> list[str]:
 def test_verify_passes_whatever_the_head() -> None:
     cases = [
         ("bert", "sequence-classification"), ("modernbert", "token-classification"), ("t5", "seq2seq-lm"),
-        ("bart", "sequence-classification"),
+        ("bart", "sequence-classification"), ("neomme", "masked-lm"),
     ]  # fmt: skip
     assert run_ranks(2, _verdicts, cases, timeout=300) == [[], []]
 
@@ -191,6 +193,24 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "t5": {"dropout_rate": 0.5},
     "bart": {"dropout": 0.5, "attention_dropout": 0.5},
 }
+
+
+def _masks_of_what_all_ranks_have() -> list[Tensor]:
+    """What the dropout behind the embeddings makes of a tensor that is no batch of tokens, while a rank's own stream runs."""
+    fresh_groups()
+    model = tiny_of("bert", head="masked-lm", hidden_dropout_prob=0.5).train()
+    ds_seqpar.shard(model, {"tp_size": 2})
+    state: ShardingState = model.seqpar
+    masks = []
+    for region in (state.region_for(2, 8), None):
+        with state.within(region), state.random.fork(3, per_rank=True):
+            masks.append(model.bert.embeddings.dropout(torch.ones(1, 8, 48, dtype=torch.float64)))
+    return [x.detach() for x in masks]
+
+
+def test_what_every_rank_has_whole_is_dropped_alike() -> None:
+    for ours, theirs in zip(*run_ranks(2, _masks_of_what_all_ranks_have), strict=True):
+        assert torch.equal(ours, theirs) and 0 < int((ours == 0).sum()) < ours.numel()
 
 
 def _drops(model_type: str, head: str) -> dict[str, Any]:

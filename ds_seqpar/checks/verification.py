@@ -253,10 +253,12 @@ class _Comparison:
         self.measured: list[_Measured] = []
         self.sums: dict[str, Tensor] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self.shared: set[str] = set()  # parameters that several modules hold
 
     def structure(self, skeleton: Skeleton) -> None:
         """Which parameters there are, of which shape, and which of them are one."""
         self.sums, self.dtypes = skeleton.sums, skeleton.dtypes
+        self.shared = {name for name, tied in skeleton.ties.items() if len(tied) > 1}
         everywhere = dict(self.model.named_parameters(remove_duplicate=False))
         for name, tied in skeleton.ties.items():
             parameter = everywhere.get(name)
@@ -327,7 +329,9 @@ class _Comparison:
         apart = _distance(raw, exact) if summed else measured.error
         measured.as_complete = apart / unsummed if unsummed else 0.0
         if entry.cut is None or entry.cut.copied:
-            total = self._sum(raw, entry)
+            # Where several modules hold a parameter and each sums its own use, other uses may be complete: only the sum counts.
+            by_use = name in self.shared and self.state.partial.sums_uses_of(parameter)
+            total = mine if by_use else self._sum(raw, entry)
             measured.as_term = _distance(total, exact) / unsummed if unsummed else 0.0
         else:
             measured.as_term = math.inf

@@ -1,3 +1,3 @@
 """Phi-4 multimodal."""
 
-REFUSED = "it has several parts, and adapters of its own in its layers"
+REFUSED = "its vision and audio towers stand inside the module that holds the layers, where they are not told from what is made of tokens"

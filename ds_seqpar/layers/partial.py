@@ -83,7 +83,7 @@ class PartialGradients:
         """Whether `parameter` is registered; if so its module promises to use `summed(parameter)` and nothing else."""
         handle = self._hooks.pop(id(parameter), None)
         waiting = [entry for entry in self._waiting if entry[0] is not parameter]
-        if any(p is parameter for p in self._taken_over):
+        if self.sums_uses_of(parameter):
             return True  # shared by two modules
         found = handle is not None or len(waiting) < len(self._waiting)
         self._waiting = waiting
@@ -92,6 +92,10 @@ class PartialGradients:
         if found:
             self._taken_over.append(parameter)
         return found
+
+    def sums_uses_of(self, parameter: nn.Parameter) -> bool:
+        """Whether modules sum the gradients of their own use of `parameter`, which was taken over."""
+        return any(p is parameter for p in self._taken_over)
 
     def together(self) -> dict[int, Tensor]:
         """id of a parameter -> the same values, for one forward; all gradients are summed in one all-reduce.
