@@ -156,6 +156,20 @@ def test_adapters_of_experts_and_latents_keep_the_gradients(
     run_ranks(2, _gradients, family, key, False, lora, timeout=90)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("mixtral", dict(target_parameters=EXPERTS)),
+        ("llama", dict(target_modules=["embed_tokens", "v_proj", "down_proj"], use_rslora=True)),
+        ("llama", dict(target_modules=["q_proj", "down_proj"], modules_to_save=COPIES)),
+    ],
+    ids=["experts", "embedding", "copies"],
+)
+def test_four_ranks_keep_the_adapters_gradients(family: str, lora: dict[str, Any]) -> None:
+    run_ranks(4, _gradients, family, {}, False, lora, timeout=90)
+
+
 def test_copied_kv_heads_keep_the_adapters_gradients() -> None:
     run_ranks(4, _gradients, "llama", {}, False, {}, timeout=90)
 

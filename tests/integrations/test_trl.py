@@ -114,10 +114,15 @@ def _same_texts(mine: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> Non
     assert mine["advantages"] == pytest.approx(theirs["advantages"], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_grpo_on_four_ranks_groups_rewards_as_two_plain_ranks(model: str, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("grpo", 1), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("grpo", 3), ("grpo_lora", 2), ("rloo", 2)))],
+)
+def test_groups_of_completions_are_rewarded_on_four_ranks_as_on_two_plain_ones(
+    model: str, tmp_path: Path, name: str, stage: int
+) -> None:
     """A group of completions spans two data-parallel ranks; each counts once, and draws as it does without the key."""
-    job = {"model": model, **JOBS["grpo"]}
+    job = {"model": model, **JOBS[name]}
     job["arguments"] = {**job["arguments"], "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}
     plain = _run(2, job, tmp_path / "plain", deepspeed_json(tp_size=None))
     for rank, ours in enumerate(_run(4, job, tmp_path / "mine", deepspeed_json(stage))):
