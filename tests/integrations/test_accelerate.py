@@ -82,6 +82,27 @@ def test_four_ranks_do_what_two_plain_ones_do(model: str, tmp_path: Path, stage:
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "plain" / "saved", also=("lm_head.weight",))
 
 
+OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "eps": 1e-4, "torch_adam": True}}
+SCHEDULER = {
+    "type": "WarmupDecayLR",
+    "params": dict.fromkeys(("total_num_steps", "warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto"),
+}
+
+
+@pytest.mark.slow
+def test_an_optimizer_and_a_schedule_of_the_json_step_as_on_two_plain_ranks(model: str, tmp_path: Path) -> None:
+    """accelerate's placeholders for both, whose steps it shares among all ranks."""
+    job = {"model": model, "accumulation": 2, "rows": 13, "dummies": True}
+    keys = {
+        name: {**_json(1, tp_size), "optimizer": OPTIMIZER, "scheduler": SCHEDULER}
+        for name, tp_size in (("plain", None), ("mine", 2))
+    }
+    plain = _run(2, {**job, "deepspeed": keys["plain"]}, tmp_path / "plain")
+    assert len(set(plain[0]["rates"])) > 2, "warm, then less"
+    for rank, ours in enumerate(_run(4, {**job, "deepspeed": keys["mine"]}, tmp_path / "mine")):
+        _same(ours, plain[rank // 2])
+
+
 def _late(model: str) -> None:
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 

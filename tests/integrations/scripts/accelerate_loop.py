@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DummyOptim, DummyScheduler, set_seed
 from hf_trainer import Rows, collate
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -23,8 +23,12 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(job["model"]).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    if job.get("dummies"):  # the JSON describes both
+        optimizer: Any = DummyOptim(model.parameters(), lr=1e-2)
+        scheduler: Any = DummyScheduler(optimizer, total_num_steps=48, warmup_num_steps=2)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     train = DataLoader(Rows(job["rows"], 9), batch_size=2, shuffle=True, collate_fn=collate)
     evaluation = DataLoader(Rows(5, 9), batch_size=2, collate_fn=collate)
     processes = len(accelerator.gather(torch.zeros(1)))  # before there is any model
