@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exactness import fresh_groups
-from models import batches, tiny
+from models import batches, device, tiny
 from ranks import run_ranks
 from sharding import same_loss_and_gradients, twins
 from transformers import AttentionInterface, TrainingArguments, modeling_flash_attention_utils
@@ -30,7 +30,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
     """Causal attention [b, s, heads, d] in plain torch; fewer key and value heads than query heads."""
     key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], 2) for x in (key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    causal = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+    causal = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
     weights = (query @ key.transpose(-1, -2) * scale).masked_fill(~causal, -1e30).softmax(-1)
     return (weights @ value).transpose(1, 2).contiguous()
 
@@ -68,8 +68,8 @@ def _flash_batches() -> dict[str, dict[str, Any]]:
     """Every way in which tokens reach flash attention: rows, padded rows, packed rows by position or by length."""
     padded, whole = batches(1, 2)[0], batches(1, 1, 9)[0]
     del whole["attention_mask"]
-    lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
-    positions = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
+    lengths = torch.tensor([0, 4, 9], dtype=torch.int32, device=device())
+    positions = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=device())}
     named = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
     return {
         "padded": padded,

@@ -455,6 +455,10 @@ def test_quantized_bases_and_partitioned_experts_are_refused_by_name() -> None:
     run_ranks(2, _quantized, timeout=60)
 
 
+DRAWS = 80
+"""Losses whose mean is compared, with dropout."""
+
+
 def _dropout() -> list[float]:
     """Off in evaluation; in training each rank drops its own rows, nothing is gathered, and whole factors stay replicas."""
     fresh_groups()
@@ -466,7 +470,7 @@ def _dropout() -> list[float]:
     assert relative_error(mine, theirs) < 1e-6
     torch.manual_seed(0)
     losses = []
-    for _ in range(200):
+    for _ in range(DRAWS):
         loss = model.train()(**batch).loss
         losses.append(float(loss.detach()))
     loss.backward()
@@ -479,11 +483,11 @@ def _dropout() -> list[float]:
             assert torch.equal(*everyone)
     torch.manual_seed(1)
     with torch.no_grad():
-        expected = [float(reference.train()(**batch).loss) for _ in range(200)]
+        expected = [float(reference.train()(**batch).loss) for _ in range(DRAWS)]
     for spread in (torch.tensor(losses), torch.tensor(expected)):
         assert spread.std() > 0
-    gap = abs(sum(losses) - sum(expected)) / 200
-    assert gap < 5 * (torch.tensor(losses).std() + torch.tensor(expected).std()) / 200**0.5, (
+    gap = abs(sum(losses) - sum(expected)) / DRAWS
+    assert gap < 5 * (torch.tensor(losses).std() + torch.tensor(expected).std()) / DRAWS**0.5, (
         "the losses have another mean"
     )
     return losses
