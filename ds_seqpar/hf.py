@@ -37,7 +37,7 @@ from .plan.wrappers import adapter_layer, inner_model_path, is_foreign, runs_cop
 __all__ = [
     "PartialLoad", "as_saved", "auto_from_pretrained", "causal_lm_loss", "describe", "empty_model", "enable_full_recompute",
     "leave_hub_kernels", "loading_parts", "masks_as_with_values", "names_in_file", "planned_config", "planned_model",
-    "require_model", "split_into_files", "uses_sdpa", "with_layers", "write_config",
+    "require_model", "saved_class", "split_into_files", "uses_sdpa", "with_layers", "write_config",
 ]  # fmt: skip
 
 LINEARS = ("FalconLinear",)
@@ -399,6 +399,12 @@ class PartialLoad(Protocol):
 def auto_from_pretrained(path: str, model_class: Any, options: dict[str, Any]) -> PreTrainedModel:
     """`model_class.from_pretrained`; a causal language model if no class is given."""
     return (model_class or AutoModelForCausalLM).from_pretrained(path, **options)
+
+
+def saved_class(path: str) -> Any:
+    """The class that wrote the checkpoint at `path`, by its config; None if transformers has none of that name."""
+    names = AutoConfig.from_pretrained(path).architectures or ["none"]
+    return getattr(transformers, names[0], None)
 
 
 def names_in_file(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from .checks.reference import Skeleton
 from .config import KEY, SeqParConfig
 from .engine import groups_of, shard, verified
 from .errors import ConfigError, SeqParError
-from .hf import auto_from_pretrained
+from .hf import auto_from_pretrained, saved_class
 
 __all__ = ["main"]
 
@@ -78,11 +78,12 @@ def _run(options: argparse.Namespace) -> bool:
         raise ConfigError(f'"{KEY}.enabled" is false in {options.config}: there is nothing to verify')
     config = dataclasses.replace(SeqParConfig.from_json(ds_config[KEY]), verify=False)
     load: dict[str, Any] = {"dtype": _dtype(options.dtype, ds_config)}
+    model_class = saved_class(options.model)
     if options.parts:
         with loading({"train_micro_batch_size_per_gpu": 1, KEY: ds_config[KEY]}):
-            model = auto_from_pretrained(options.model, None, load)
+            model = auto_from_pretrained(options.model, model_class, load)
     else:
-        model = auto_from_pretrained(options.model, None, load)
+        model = auto_from_pretrained(options.model, model_class, load)
     skeleton = Skeleton(model, share=(groups.tp_rank, groups.tp_size), whole=not options.parts)
     shard(model, config)
     loaded = time.monotonic()

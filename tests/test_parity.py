@@ -213,6 +213,8 @@ def test_a_users_plan_goes_before_all_others() -> None:
     plan = {"model.layers.*.mlp.gate_up_proj": "packed_colwise:even,even", "model.layers.*.mlp.down_proj": "rowwise"}
     run_ranks(2, _check_users_plan, plan)
     run_ranks(2, _check_users_plan, {"model.layers.*.mlp": "whole"})
+    embedding = {"model.embed_tokens": "replicate"}  # transformers' word for one that is cut all the same
+    run_ranks(2, _check_users_plan, embedding)
 
 
 @pytest.mark.parametrize(

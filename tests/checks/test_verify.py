@@ -238,6 +238,17 @@ def test_the_command_prints_a_table_and_its_exit_status_says_what_was_found(
     assert 'has no "ds_seqpar" key' in capfd.readouterr().err
 
 
+def test_the_command_verifies_a_model_of_the_class_that_was_saved(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heads = {"bert": "sequence-classification", "t5": "seq2seq-lm"}
+    for model_type, head in heads.items():
+        tiny(model_type, head=head).save_pretrained(tmp_path / model_type)
+        assert run_ranks(2, _command, ["--model", str(tmp_path / model_type), "--seq", "9"]) == [0, 0]
+        printed = capfd.readouterr().out
+        assert f"verify: {model_type}, " in printed and ("classifier.weight" in printed) == (model_type == "bert")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m"]]
