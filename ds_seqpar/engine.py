@@ -40,7 +40,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import groups as ds_groups
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state, set_z3_leaf_module
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -107,8 +107,11 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     trains = given.get("optimizer") is not None or "optimizer" in ds_config
     translated = _translated(ds_config, config, trains)
     require_model(given.get("model"))
-    refuse_partitioned(given["model"], section(ds_config, "zero_optimization").get("stage", 0))
+    stage = section(ds_config, "zero_optimization").get("stage", 0)
+    refuse_partitioned(given["model"], stage)
     report = _sharded_before(given["model"], config) or shard(given["model"], config)
+    if stage == 3:
+        _fetch_experts_as_one(given["model"])
     given.update(config=translated, config_params=None, args=_without_config(given.get("args")))
     results = _plain_initialize(**given)
     _finish(results[0], report, config, ds_config)
@@ -185,6 +188,18 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         if comm.get_rank() == 0:
             _logger().info("%s", verification)
     return report
+
+
+def _fetch_experts_as_one(model: nn.Module) -> None:
+    """Keeps ZeRO-3 out of what stands inside a module of stacked experts, [E, out, in].
+
+    It gathers in the order in which modules were called before. Experts that run one by one call their activation once for each that
+    was chosen, which differs between data-parallel ranks, and their gathers would no longer meet.
+    """
+    for module in model.modules():
+        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if stacked and next(module.children(), None) is not None:
+            set_z3_leaf_module(module, True)
 
 
 def verified(model: nn.Module, skeleton: Skeleton, seq: int = VERIFY_SEQ) -> Verification:

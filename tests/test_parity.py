@@ -134,6 +134,20 @@ def test_the_auxiliary_loss_leaves_out_padding_as_the_unsharded_models_does(mode
         assert found["without the mask"] != pytest.approx(found["expected"], rel=1e-4), "padding must matter"
 
 
+def _one_by_one(model_type: str) -> dict[str, float]:
+    return compare_sgd(model_type, 1, 3, own={"dtype": torch.float32})
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["deepseek_v3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jamba", "olmoe", "qwen3_next"))],
+)
+def test_experts_that_data_parallel_ranks_choose_apart_meet_under_zero_3(model_type: str) -> None:
+    """Experts that run one after the other, as many as were chosen; ZeRO-3 gathers in the order of the calls before."""
+    for errors in run_ranks(2, _one_by_one, model_type, timeout=60):
+        assert not {name: error for name, error in errors.items() if not error <= 1e-5}
+
+
 def _rows_of_experts(model_type: str) -> dict[str, list[int]]:
     """How many rows every expert that was chosen got, in order: sharded and not."""
     fresh_groups()

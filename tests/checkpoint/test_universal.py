@@ -177,10 +177,44 @@ def test_adapters_and_their_frozen_base_go_on(tmp_path: Path, source: tuple[int,
     _check(tmp_path, "llama", source, {1: [(1, 3), (1, 0)], 2: [(2, 2), (2, 3)]}, lora=True)
 
 
+EXPERTS = {"output_router_logits": False}  # its loss is of a whole micro batch, whose rows differ between sizes
+
+
 @pytest.mark.parametrize("source", [(2, 1, 1), pytest.param((1, 1, 3), marks=SLOW)])
 def test_experts_go_on(tmp_path: Path, source: tuple[int, int, int]) -> None:
-    own = {"output_router_logits": False}  # its loss is of a whole micro batch, whose rows differ between sizes
-    _check(tmp_path, "mixtral", source, {1: [(1, 1), (1, 3), (1, 0)], 2: [(2, 1), (2, 3)]}, own=own)
+    _check(tmp_path, "mixtral", source, {1: [(1, 1), (1, 3), (1, 0)], 2: [(2, 1), (2, 3)]}, own=EXPERTS)
+
+
+# 2 -> 4, 4 -> 2 and 3 -> 2, each to both families of ZeRO stages; in the tests above tp 2 -> 1 and 1 -> 2.
+WIDER: list[tuple[tuple[int, int, int], dict[int, list[tuple[int, int]]]]] = [
+    ((2, 2, 3), {4: [(4, 1), (4, 3)]}),
+    ((4, 1, 1), {2: [(2, 1), (2, 3)]}),
+    ((3, 1, 3), {2: [(2, 1), (2, 3)]}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "targets"), WIDER)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"own": EXPERTS}),
+        ("gpt_oss", {"own": EXPERTS}),  # experts with biases, sinks of the heads
+        ("deepseek_v3", {"own": EXPERTS}),  # latent attention, shared experts
+        ("gpt2", {}),  # weights the other way around, learned positions
+        ("llama", {"lora": True}),
+        ("llama", {"freeze": ("norm", "embed", "q_proj")}),
+        ("llama", {"dtype": torch.bfloat16}),
+    ],
+)
+def test_every_kind_of_parameter_goes_on_at_more_ranks_and_at_fewer(
+    tmp_path: Path,
+    family: str,
+    options: dict[str, Any],
+    source: tuple[int, int, int],
+    targets: dict[int, list[tuple[int, int]]],
+) -> None:
+    _check(tmp_path, family, source, targets, **options)
 
 
 @pytest.mark.parametrize(

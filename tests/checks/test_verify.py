@@ -258,7 +258,7 @@ def test_the_command_starts_by_itself_and_under_a_launcher(tmp_path: Path, launc
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'integrations'}"}
     command = [sys.executable, *launcher, "ds_seqpar.verify", "--model", str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = 1 if launcher == ["-m"] else 2
     assert f"tp_size={ranks}, " in done.stdout and done.stdout.count("sharded against unsharded") == 1
