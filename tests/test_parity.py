@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from exactness import fresh_groups
+from exactness import compare_sgd, fresh_groups
 from model_types import ALL, batches_for, tiny_of
 from models import FAMILIES, batches
 from parity import KINDS, TOLERANCE, document, measured, parity, step_under_deepspeed
