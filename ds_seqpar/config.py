@@ -42,6 +42,7 @@ class SeqParConfig:
     verify: bool = False
     replica_check_interval: int = 0
     timeout_s: int = 0
+    memory_check: bool = True
     plan: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -54,7 +55,7 @@ class SeqParConfig:
         if unknown:
             raise ConfigError(f'"{KEY}" has unknown field(s) {unknown}; known fields: {known}')
         values = dict(section)
-        for name in ("enabled", "sequence_parallel", "verify"):
+        for name in ("enabled", "sequence_parallel", "verify", "memory_check"):
             _check(values, name, bool, "true or false")
         if values.get("enabled") is False:
             values.setdefault("tp_size", 1)

@@ -13,6 +13,7 @@ Private names it relies on, each held by a contract test:
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import inspect
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
@@ -65,6 +67,7 @@ from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
 from .layers.region import ShardingState
 from .plan.report import ParameterEntry, Report
+from .planner.startup import CudaMeter, MemoryCheck, Meter, question_of
 from .translation import section, translated
 
 __all__ = [
@@ -383,12 +386,15 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
         check.remove()  # ours compares every forward, and first
     state, plain_step, interval = require_model(engine.module).seqpar, engine.step, config.replica_check_interval
     replicas = _replica_check(engine, state) if interval and config.tp_size > 1 else None
+    memory = _memory_check(engine, report, config, ds_config, dp_size) if config.memory_check else None
 
     @functools.wraps(plain_step)
     def step(*args: Any, **kwargs: Any) -> Any:
         boundary = bool(engine.is_gradient_accumulation_boundary())
         state.generation += boundary
         result = plain_step(*args, **kwargs)
+        if memory is not None and boundary:
+            memory.after_step(engine.global_steps)
         if replicas is not None and boundary and engine.global_steps % interval == 0:
             replicas.check(engine.global_steps)
         return result
@@ -401,6 +407,30 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     engine.save_16bit_model = engine.save_fp16_model = _around(_save_16bit_model, engine, engine.save_16bit_model)
     for call in ("forward", "backward", "step", "save_checkpoint", "load_checkpoint"):
         setattr(engine, call, explained(getattr(engine, call), call, lambda: engine.global_steps + 1, config.timeout_s))
+
+
+def memory_meter() -> Meter | None:
+    """What counts this rank's memory; None on the CPU, where nothing does."""
+    if get_accelerator().device_name() != "cuda":
+        return None
+    return CudaMeter(torch.device("cuda", get_accelerator().current_device()))
+
+
+def _memory_check(
+    engine: Any, report: Report, config: SeqParConfig, ds_config: Mapping[str, Any], dp_size: int
+) -> MemoryCheck | None:
+    """On the first rank, if it trains: the others hold the same, or a little less."""
+    meter = memory_meter() if comm.get_rank() == 0 and engine.optimizer is not None else None
+    if meter is None:
+        return None
+    model = require_model(engine.module)
+    if model is not engine.module:
+        report.remark_later("memory is not compared with a plan: the model is inside a wrapper, such as an adapter's")
+        return None
+    on_gpu = isinstance(meter, CudaMeter)
+    check = MemoryCheck(engine, question_of(model, config, ds_config, dp_size, on_gpu), meter, report.remark_later)
+    atexit.register(check.close)
+    return check
 
 
 def _replica_check(engine: Any, state: ShardingState) -> ReplicaCheck:

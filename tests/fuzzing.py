@@ -34,7 +34,7 @@ __all__ = ["Case", "cases", "outcomes", "settle"]
 Case = dict[str, Any]
 TOLERANCE = 1e-5
 FIELDS = ("tp_size", "enabled", "sequence_parallel", "recompute", "loss_chunk_tokens", "overlap", "verify", "replica_check_interval",
-    "timeout_s", "plan")  # fmt: skip
+    "timeout_s", "memory_check", "plan")  # fmt: skip
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 10**12) | st.floats(allow_nan=False) | st.text(max_size=6)
@@ -57,6 +57,7 @@ _right = st.fixed_dictionaries(
         "verify": st.booleans(),
         "replica_check_interval": st.integers(0, 9),
         "timeout_s": st.integers(0, 9),
+        "memory_check": st.booleans(),
     },
 )
 _section = st.fixed_dictionaries({}, optional={name: _near.get(name, _json) | _json for name in FIELDS}) | _json

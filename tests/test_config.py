@@ -14,7 +14,7 @@ from ds_seqpar.config import Overlap, Recompute
 
 DEFAULTS = dict(
     enabled=True, sequence_parallel=True, recompute=Recompute.NONE, loss_chunk_tokens=2048, overlap=Overlap.AUTO, verify=False,
-    replica_check_interval=0, timeout_s=0, plan={},
+    replica_check_interval=0, timeout_s=0, memory_check=True, plan={},
 )  # fmt: skip
 VALID: dict[str, list[Any]] = {
     "tp_size": [1, 2, 3, 64],
@@ -26,6 +26,7 @@ VALID: dict[str, list[Any]] = {
     "verify": [True, False],
     "replica_check_interval": [0, 1, 100],
     "timeout_s": [0, 1, 600],
+    "memory_check": [True, False],
     "plan": [{"model.layers.*.mlp": "whole"}, {"a": "colwise", "b": "rowwise"}],
 }
 NO_INTEGER: list[Any] = [0, -1, 1.0, 2.5, "2", True, False, None, [2], {"tp_size": 2}]
@@ -41,6 +42,7 @@ WRONG: dict[str, list[Any]] = {
     "verify": NO_BOOL,
     "replica_check_interval": [value for value in NO_INTEGER if value != 0 or isinstance(value, bool)],
     "timeout_s": [value for value in NO_INTEGER if value != 0 or isinstance(value, bool)],
+    "memory_check": NO_BOOL,
     "plan": [
         {},
         [],

@@ -1,0 +1,132 @@
+"""A run says how its memory compares with the plan, and warns where they are more than 10 % apart."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from exactness import engine_for
+from models import batches, tiny
+from ranks import ON_GPU, run_ranks
+
+import ds_seqpar.engine
+from ds_seqpar.config import SeqParConfig
+from ds_seqpar.planner.memory import Zero, estimate
+from ds_seqpar.planner.startup import MemoryCheck, predict_memory, question_of
+from ds_seqpar.planner.step import trace_step
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="the allocator's figures are played by the test")
+KEY = {"tp_size": 2, "recompute": "selective"}
+BATCH, SEQ, START = 2, 7, 5_000_000
+
+
+class _Played:
+    """An allocator that reaches what it is told to in forward."""
+
+    def __init__(self, held: int, peak: int) -> None:
+        self.held, self.highest, self.calls = held, peak, 0
+
+    def allocated(self) -> int:
+        self.calls += 1
+        return START + (self.held if self.calls % 2 == 0 else 0)
+
+    def peak(self) -> int:
+        return self.highest if self.calls else START
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append((record.levelno, record.getMessage()))
+
+
+def _train(cases: list[tuple[int, int, dict[str, Any]]]) -> list[tuple[list[tuple[int, str]], list[str]]]:
+    """For each (held, peak, key) the log's lines about memory, and the Report's, of steps until the comparison is there."""
+    found = []
+    logging.getLogger("ds_seqpar").setLevel(logging.INFO)
+    for held, peak, key in cases:
+        ds_seqpar.engine.memory_meter = lambda held=held, peak=peak: _Played(held, peak)  # type: ignore[assignment, misc]
+        lines = _Lines()
+        logging.getLogger("ds_seqpar").addHandler(lines)
+        model = tiny("llama").train()
+        engine = engine_for(model, torch.optim.AdamW(model.parameters(), lr=1e-3), {**KEY, **key}, 1, BATCH, 1)
+        deadline = time.monotonic() + (90 if key.get("memory_check", True) else 0)
+        said = torch.zeros(1)
+        step = 0
+        while not said:
+            loss = engine(**batches(1, BATCH, SEQ)[0]).loss
+            engine.backward(loss)
+            engine.step()
+            step += 1
+            over = any("memory" in text for _, text in lines.found) and step >= 2
+            said.fill_(float(over or (time.monotonic() > deadline and step >= 3)))
+            dist.broadcast(said, 0)
+            time.sleep(0 if step < 3 else 0.2)
+        found.append(
+            ([x for x in lines.found if "memory" in x[1]], [r for r in engine.seqpar_report.remarks if "memory" in r])
+        )
+        logging.getLogger("ds_seqpar").removeHandler(lines)
+        engine.destroy()
+    return found
+
+
+def _planned() -> tuple[int, int]:
+    model = tiny("llama")
+    trace = trace_step(
+        copy.deepcopy(model.config),
+        SeqParConfig.from_json(KEY),
+        batch=BATCH,
+        seq=SEQ,
+        dtype=torch.float32,
+        on_gpu=False,
+    )
+    memory = estimate(trace, Zero(stage=1, masters=False), dp_size=1)
+    return memory.held_bytes, max(memory.peak, memory.peak_step)
+
+
+def test_the_second_step_is_compared_with_the_plan_and_a_difference_warns() -> None:
+    held, peak = _planned()
+    cases = [
+        (round(held * 1.05), peak, {}),
+        (held, peak * 2, {}),
+        (held, peak, {"memory_check": False}),
+        (held, START, {}),
+    ]
+    first, others = run_ranks(2, _train, cases)
+    (close, noted), (far, _), (off, _), (early, _) = first
+    assert [level for level, _ in close] == [logging.INFO] and "planned" in close[0][1]
+    assert "(+5.0%)" in close[0][1] and "(+0.0%)" in close[0][1] and noted[0] in close[0][1]
+    assert [level for level, _ in far] == [logging.INFO, logging.WARNING] and "(+100.0%)" in far[1][1]
+    assert off == []
+    assert "peak below" in early[0][1]
+    assert all(lines == [] for lines, _ in others)
+
+
+def test_the_question_of_a_run_holds_everything_that_its_memory_depends_on() -> None:
+    model = tiny("llama")
+    config = SeqParConfig.from_json(KEY)
+    ds_config = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 1, "ds_seqpar": KEY}
+    question = question_of(model, config, ds_config, 1, False) | {"batch": BATCH, "seq": SEQ}
+    held, peak = _planned()
+    assert predict_memory(question) == {"held": held, "peak": peak}
+    assert predict_memory({**question, "seq": 2 * SEQ})["held"] > held
+    assert (
+        predict_memory({**question, "ds_config": {"zero_optimization": {"stage": 1, "reduce_bucket_size": 8}}})["peak"]
+        < peak
+    )
+
+
+def test_batches_without_tokens_are_said_not_to_be_compared() -> None:
+    told: list[str] = []
+    engine = torch.nn.Linear(2, 2)
+    check = MemoryCheck(engine, {}, _Played(0, 0), told.append)
+    engine(torch.zeros(1, 2, 2))
+    assert check.done and "no input_ids" in told[0]
