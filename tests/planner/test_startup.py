@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from typing import Any
@@ -48,12 +49,22 @@ class _Lines(logging.Handler):
         self.found.append((record.levelno, record.getMessage()))
 
 
-def _train(cases: list[tuple[int, int, dict[str, Any]]]) -> list[tuple[list[tuple[int, str]], list[str]]]:
-    """For each (held, peak, key) the log's lines about memory, and the Report's, of steps until the comparison is there."""
+def _train(cases: list[tuple[int, int, dict[str, Any]]]) -> list[tuple[list[tuple[int, str]], list[str], int]]:
+    """For each (held, peak, key) the log's lines about memory, and the Report's, of steps until the comparison is there.
+
+    Third, how many meters were asked for: a comparison that is off logs nothing either way before its child has answered.
+    """
     found = []
+    meters: list[_Played] = []
+
+    def meter(held: int, peak: int) -> _Played:
+        meters.append(_Played(held, peak))
+        return meters[-1]
+
     logging.getLogger("ds_seqpar").setLevel(logging.INFO)
     for held, peak, key in cases:
-        ds_seqpar.engine.memory_meter = lambda held=held, peak=peak: _Played(held, peak)  # type: ignore[assignment, misc]
+        meters.clear()
+        ds_seqpar.engine.memory_meter = functools.partial(meter, held, peak)  # type: ignore[assignment]
         lines = _Lines()
         logging.getLogger("ds_seqpar").addHandler(lines)
         model = tiny("llama").train()
@@ -71,7 +82,11 @@ def _train(cases: list[tuple[int, int, dict[str, Any]]]) -> list[tuple[list[tupl
             dist.broadcast(said, 0)
             time.sleep(0 if step < 3 else 0.2)
         found.append(
-            ([x for x in lines.found if "memory" in x[1]], [r for r in engine.seqpar_report.remarks if "memory" in r])
+            (
+                [x for x in lines.found if "memory" in x[1]],
+                [r for r in engine.seqpar_report.remarks if "memory" in r],
+                len(meters),
+            )
         )
         logging.getLogger("ds_seqpar").removeHandler(lines)
         engine.destroy()
@@ -101,13 +116,13 @@ def test_the_second_step_is_compared_with_the_plan_and_a_difference_warns() -> N
         (held, START, {}),
     ]
     first, others = run_ranks(2, _train, cases)
-    (close, noted), (far, _), (off, _), (early, _) = first
+    (close, noted, asked), (far, _, _), (off, _, asked_though_off), (early, _, _) = first
     assert [level for level, _ in close] == [logging.INFO] and "planned" in close[0][1]
     assert "(+5.0%)" in close[0][1] and "(+0.0%)" in close[0][1] and noted[0] in close[0][1]
     assert [level for level, _ in far] == [logging.INFO, logging.WARNING] and "(+100.0%)" in far[1][1]
-    assert off == []
+    assert off == [] and (asked, asked_though_off) == (1, 0)
     assert "peak below" in early[0][1]
-    assert all(lines == [] for lines, _ in others)
+    assert all(lines == [] and not asked for lines, _, asked in others)
 
 
 def test_the_question_of_a_run_holds_everything_that_its_memory_depends_on() -> None:
