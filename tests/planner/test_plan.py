@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
+from exactness import fresh_groups
+from ranks import run_ranks
 from test_memory import ENGINE, LOOP, RESULTS, one_gpu_rows, rows, trace_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_seqpar.cli import COMMANDS, completion_script, main
 from ds_seqpar.config import KEY, Recompute, SeqParConfig
@@ -92,6 +97,30 @@ def test_the_best_choice_fits_and_its_json_is_one_that_trains(
     assert written["gradient_accumulation_steps"] == 3 and written["train_micro_batch_size_per_gpu"] == 1
     speeds = [choice["tokens_per_s_per_gpu"] for choice in found["choices"] if choice["fits"]]
     assert speeds == sorted(speeds, reverse=True)
+
+
+def _losses_of(ds_config: dict[str, Any], sizes: dict[str, int]) -> list[float]:
+    fresh_groups()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes), dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ds_config = {**ds_config, "zero_allow_untested_optimizer": True}  # torch's AdamW, which DeepSpeed has not tested
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)[0]
+    losses, ids = [], torch.arange(64).view(1, 64)
+    for _ in range(4):
+        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    assert engine.seqpar_report is not None
+    return losses
+
+
+def test_the_json_that_is_written_trains(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps({KEY: {"tp_size": 2}, "zero_optimization": {"stage": 1}}))
+    _plan(capsys, "--config", str(tmp_path / "mine.json"), "--write", str(tmp_path / "ds.json"))
+    sizes = {name: int(value) for name, _, value in (word.partition("=") for word in TINY[2:])}
+    for losses in run_ranks(2, _losses_of, json.loads((tmp_path / "ds.json").read_text()), sizes):
+        assert losses[-1] < 0.9 * losses[0]
 
 
 def test_the_longest_sequence_fits_and_a_longer_one_does_not(
