@@ -251,7 +251,7 @@ def test_the_command_verifies_a_model_of_the_class_that_was_saved(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m"]]
+    "launcher", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]]
 )
 def test_the_command_starts_by_itself_and_under_a_launcher(tmp_path: Path, launcher: list[str]) -> None:
     tiny("llama").save_pretrained(tmp_path / "model")
