@@ -37,7 +37,7 @@ class SeqParConfig:
     enabled: bool = True
     sequence_parallel: bool = True
     recompute: Recompute = Recompute.NONE
-    loss_chunk_tokens: int = 2048
+    loss_chunk_tokens: int = 4096
     overlap: Overlap = Overlap.AUTO
     verify: bool = False
     replica_check_interval: int = 0

@@ -19,6 +19,7 @@ from .comm.exchange import Exchange
 from .config import Overlap, Recompute, SeqParConfig
 from .families import TESTED, family
 from .groups import ParallelGroups
+from .kernels.adjacent import lay_side_by_side
 from .kernels.gating import known_activation
 from .layers.adapters import PassesHandles, TakesHandles
 from .layers.blocks import (
@@ -269,6 +270,7 @@ class _Injection:
 
     def _fuse_norms(self) -> None:
         own_code: Counter[str] = Counter()
+        before_blocks = {id(child) for name in self.plan.layers for child in self.model.get_submodule(name).children()}
         for module in (m for base in self.facts.bases for m in self.model.get_submodule(base).modules()):
             eps = rms_norm_epsilon(module)
             if eps is None and "Norm" in type(module).__name__:
@@ -277,6 +279,7 @@ class _Injection:
                 self.fused["RMS norms"] += 1
                 module.fused_eps = eps  # type: ignore[assignment]
                 module.weight_is_partial = self.state.partial.take_over(module.weight)  # type: ignore[assignment, arg-type]
+                module.stands_before_blocks = id(module) in before_blocks  # type: ignore[assignment]
                 self._boundary(module, FusedRMSNorm)
         if self.fused:
             self.remarks.append("fused: " + ", ".join(f"{count} {what}" for what, count in self.fused.items() if count))
@@ -456,6 +459,8 @@ class _Injection:
         for column in columns:
             column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]
             column.outputs_live_together = not block.has_heads  # type: ignore[assignment]
+        if siblings and all(type(c) is ColumnParallelLinear for c in siblings):
+            lay_side_by_side([c.weight for c in siblings])  # type: ignore[misc]
         if (
             block.kind is BlockKind.GROUPED and not block.has_heads
         ):  # of an entry it would leave the block, past its hooks

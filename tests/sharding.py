@@ -120,3 +120,8 @@ class _SplitScattering:
 
     def wait(self) -> Tensor:
         return reduce_scatter(self.full, self.by.group)
+
+    def addends(self) -> tuple[Tensor, Tensor | None]:
+        total = self.wait()
+        part = total * torch.rand(total.shape, device=total.device, dtype=total.dtype)  # neither is the sum
+        return total - part, part.unsqueeze(0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..comm.tokens import gather_rows
 from ..layers.boundaries import ShardedLayer
-from ..layers.handles import Handle
+from ..layers.handles import Handle, NormedRows, UnsummedRows
 from ..layers.region import ShardingState, TokenRegion
 
 __all__ = ["LayerRecord", "ShardedRun", "first_tensor", "loss_of", "quiet", "shares_state"]
@@ -140,10 +140,12 @@ class _Recorder:
             if self.backward or not self.records[name]:
                 return
             record, y = self.records[name][-1], first_tensor(output)
+            y = y.seen() if isinstance(y, NormedRows | UnsummedRows) else y
             held = type(y) is Tensor and y.dim() == 3 and record.output is None
             if held and y.shape[:2] == record.region.local_shape(1)[:2] and child not in record.children:
                 record.children[child] = y.detach().clone()
 
+        hook.only_looks = True  # type: ignore[attr-defined]  # what is verified is what trains
         return hook
 
 

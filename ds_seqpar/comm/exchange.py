@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..kernels.addition import sum_into
 from .collectives import Pending, all_gather, all_gather_async, reduce_scatter, reduce_scatter_async
 from .symmetric import SymmetricMemory
 from .tokens import rows_per_rank
@@ -54,6 +56,10 @@ class Scattering(Protocol):
 
     def wait(self) -> Tensor:
         """[c, w], this rank's rows of the sum over the ranks; rows past T are zero."""
+        ...
+
+    def addends(self) -> tuple[Tensor, Tensor | None]:
+        """In place of `wait`: [c, w], and [p, c, w] or None, whose sum it would return."""
         ...
 
 
@@ -194,6 +200,9 @@ class _ScatteringAtOnce:
         assert self._result is not None, "parts() was not exhausted"
         return self._result.wait() if isinstance(self._result, Pending) else self._result
 
+    def addends(self) -> tuple[Tensor, Tensor | None]:
+        return self.wait(), None
+
 
 class _CopyEngines:
     """Reads from the peers' symmetric memory on a stream of its own. A group makes the same calls on all ranks."""
@@ -224,44 +233,43 @@ class _GatheringByRank:
 
     def __init__(self, by: _CopyEngines, like: Tensor, make: Callable[[Tensor], object], tokens: int) -> None:
         self._by, self._tokens = by, tokens
-        slot = by.memory.take(by.size * like.nbytes)
-
-        def rows(owner: int, of: int) -> Tensor:
-            return slot.of(owner, like.shape, like.dtype, of * like.nbytes)
-
-        make(rows(by.rank, by.rank))
-        by.memory.barrier()
+        shape, dtype, nbytes = tuple(like.shape), like.dtype, like.nbytes
+        self._rest, self._dtype, self._row = shape[1:], dtype, nbytes // shape[0]
+        self._slot = slot = by.memory.take(by.size * nbytes)
+        make(slot.of(by.rank, shape, dtype, by.rank * nbytes))
         self._arrived = []
-        with torch.cuda.stream(by.stream):
+        with by.memory.behind_barrier():
             for peer in by.peers:
-                rows(by.rank, peer).copy_(rows(peer, peer))
-                event = torch.cuda.Event()
-                event.record()
-                self._arrived.append((peer, event))
-        self._slot, self._full = slot, slot.of(by.rank, (by.size * like.shape[0], *like.shape[1:]), like.dtype)
+                at = peer * nbytes
+                slot.of(by.rank, shape, dtype, at).copy_(slot.of(peer, shape, dtype, at))
+                self._arrived.append((peer, by.stream.record_event()))
+
+    def _rows(self, rows: slice) -> Tensor:
+        shape = (rows.stop - rows.start, *self._rest)
+        return self._slot.of(self._by.rank, shape, self._dtype, rows.start * self._row)
 
     def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
         by = self._by
         own = by.rows_of(by.rank, self._tokens)
         if own.stop > own.start:
-            yield own, self._full[own]
+            yield own, self._rows(own)
         while self._arrived:
             peer, event = self._arrived.pop(0)
             event.wait()
             rows = by.rows_of(peer, self._tokens)
             if rows.stop > rows.start:
-                yield rows, self._full[rows]
+                yield rows, self._rows(rows)
 
     def whole(self) -> Tensor:
         for _, event in self._arrived:
             event.wait()
         self._arrived.clear()
-        return self._full[: self._tokens]
+        return self._rows(slice(0, self._tokens))
 
     def release(self) -> None:
         self.whole()
-        del self._full
         self._by.memory.give_back(self._slot)
+        del self._slot
 
 
 class _ScatteringByRank:
@@ -271,37 +279,32 @@ class _ScatteringByRank:
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         by, (rows, width), like = self._by, self._shape, self._like
-        part = rows * width * like.element_size()
-        slot = by.memory.take(part * (by.size - 1))
-
-        def sent(owner: int, to: int) -> Tensor:
-            """Where `owner` keeps what it made for `to`; in the order of its peers."""
-            return slot.of(owner, self._shape, like.dtype, part * ((to - owner) % by.size - 1))
-
-        for peer in by.peers:
-            yield from self._part(peer, sent(by.rank, peer))
-        received = like.new_empty((by.size - 1, rows, width))
-        by.memory.barrier()
-        with torch.cuda.stream(by.stream):
+        dtype, part = like.dtype, rows * width * like.element_size()
+        self._slot = slot = by.memory.take(part * (by.size - 1))
+        for i, peer in enumerate(by.peers):  # where a rank keeps what it made for others: in the order of its peers
+            yield from self._part(peer, partial(slot.of, by.rank, dtype=dtype, offset=i * part))
+        self._received = received = like.new_empty((by.size - 1, rows, width))
+        with by.memory.behind_barrier():
             for i, peer in enumerate(by.peers):
-                received[i].copy_(sent(peer, by.rank))
-            self._done = torch.cuda.Event()
-            self._done.record()
-        self._slot, self._received = slot, received
-        self._own = like.new_empty(self._shape)
-        yield from self._part(by.rank, self._own)
+                received[i].copy_(slot.of(peer, self._shape, dtype, part * ((by.rank - peer) % by.size - 1)))
+            self._done = by.stream.record_event()
+        self._own = own = like.new_empty(self._shape)
+        yield from self._part(by.rank, lambda shape: own if shape == self._shape else own[: shape[0]])
 
-    def _part(self, rank: int, memory: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _part(self, rank: int, memory: Callable[[tuple[int, int]], Tensor]) -> Iterator[tuple[slice, Tensor]]:
         rows = self._by.rows_of(rank, self._tokens)
         live = rows.stop - rows.start
         if live < self._shape[0]:
-            memory[live:].zero_()
+            memory(self._shape)[live:].zero_()
         if live:
-            yield rows, memory[:live]
+            yield rows, memory((live, self._shape[1]))
 
-    def wait(self) -> Tensor:
+    def addends(self) -> tuple[Tensor, Tensor | None]:
         self._done.wait()
         self._by.memory.give_back(self._slot)
-        for part in self._received.unbind(0):
-            self._own += part
-        return self._own
+        return self._own, self._received
+
+    def wait(self) -> Tensor:
+        own, received = self.addends()
+        assert received is not None
+        return sum_into(own, received)

@@ -19,6 +19,7 @@ __all__ = ["ENOUGH_SLOTS", "GRAIN", "Slot", "SymmetricMemory"]
 
 ENOUGH_SLOTS = 3  # with these a backward pass never waits for a barrier of its own to reuse one
 GRAIN = 2 << 20  # bytes; allocations of this memory come in such pages anyway
+_MOST_VIEWS = 512
 
 
 class Slot:
@@ -29,12 +30,20 @@ class Slot:
 
     def __init__(self, memory: Tensor, handle: Any) -> None:
         self.memory, self.handle = memory, handle
+        self.nbytes = memory.nbytes
         self.in_use = True
         self.unread: torch.cuda.Event | None = None
+        self._views: dict[tuple[Any, ...], Tensor] = {}
 
-    def of(self, rank: int, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, offset: int = 0) -> Tensor:
-        """A tensor in `rank`'s copy of the slot, `offset` bytes from its start."""
-        return self.handle.get_buffer(rank, tuple(shape), dtype, offset // dtype.itemsize)  # type: ignore[no-any-return]
+    def of(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> Tensor:
+        """A tensor in `rank`'s copy of the slot, `offset` bytes from its start; kept, since every step asks for the same ones."""
+        key = (rank, shape, dtype, offset)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) >= _MOST_VIEWS:  # batches of ever new lengths
+                self._views.clear()
+            view = self._views[key] = self.handle.get_buffer(rank, tuple(shape), dtype, offset // dtype.itemsize)
+        return view
 
 
 class SymmetricMemory:
@@ -54,15 +63,16 @@ class SymmetricMemory:
         self._group = group
         self._slots: list[Slot] = []  # the one given back longest ago comes first
         self.stream = torch.cuda.Stream(priority=-1)  # a barrier is placed before the next tiles of a product
+        self._outer = self.stream
 
     @property
     def nbytes(self) -> int:
         """Bytes held on this GPU, beside what torch's allocator counts."""
-        return sum(slot.memory.nbytes for slot in self._slots)
+        return sum(slot.nbytes for slot in self._slots)
 
     def take(self, nbytes: int) -> Slot:
         """A slot of at least `nbytes` that no peer is reading any more. Collective when it must be allocated."""
-        fitting = [slot for slot in self._slots if not slot.in_use and slot.memory.nbytes >= nbytes]
+        fitting = [slot for slot in self._slots if not slot.in_use and slot.nbytes >= nbytes]
         slot = next((slot for slot in fitting if slot.unread is not None), None)
         if slot is None and fitting and len(self._slots) >= ENOUGH_SLOTS:
             self.barrier()
@@ -82,14 +92,27 @@ class SymmetricMemory:
 
     def barrier(self) -> None:
         """Orders what every rank's current stream holds so far ahead of what follows on any rank's `stream`."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self._meet()
-            met = torch.cuda.Event()
-            met.record()
-        for slot in self._slots:
-            if not slot.in_use and slot.unread is None:
+        with self.behind_barrier():
+            pass
+
+    def behind_barrier(self) -> SymmetricMemory:
+        """A context on `stream`: a barrier comes first (see `barrier`), then what the body asks for. Not to be nested."""
+        return self
+
+    def __enter__(self) -> None:
+        # By hand: torch's own context costs a host more than the copies that it is entered for.
+        self._outer = torch.cuda.current_stream()
+        self.stream.wait_event(self._outer.record_event())
+        torch.cuda.set_stream(self.stream)
+        self._meet()
+        read = [slot for slot in self._slots if not slot.in_use and slot.unread is None]
+        if read:
+            met = self.stream.record_event()
+            for slot in read:
                 slot.unread = met
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.set_stream(self._outer)
 
     @functools.cached_property
     def _limit_ms(self) -> int:
@@ -104,7 +127,7 @@ class SymmetricMemory:
 
         torch.cuda.synchronize()
         torch.distributed.barrier(group=self._group)
-        self._slots = [s for s in self._slots if s.in_use or s.memory.nbytes >= nbytes]
+        self._slots = [s for s in self._slots if s.in_use or s.nbytes >= nbytes]
         device = torch.device("cuda", torch.cuda.current_device())
         memory = symm_mem.empty((-(-nbytes // GRAIN) * GRAIN,), dtype=torch.uint8, device=device)
         slot = Slot(memory, symm_mem.rendezvous(memory, self._group))

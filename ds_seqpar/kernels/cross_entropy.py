@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .dispatch import fused_kernels, runs_fused
 
-__all__ = ["gradient_", "scaled", "statistics"]
+__all__ = ["combined", "gradient_", "scaled", "statistics"]
 
 
 def statistics(logits: Tensor, local_targets: Tensor) -> Tensor:
@@ -26,6 +26,22 @@ def statistics(logits: Tensor, local_targets: Tensor) -> Tensor:
     mine = (local_targets >= 0) & (local_targets < logits.shape[-1])
     picked = wide.gather(-1, torch.where(mine, local_targets, 0).unsqueeze(-1)).squeeze(-1) * mine
     return torch.stack([top, (wide - top.unsqueeze(-1)).exp_().sum(-1), picked])
+
+
+def combined(everyones: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, logs of the sums of exp over the whole vocabulary, 1 where a token counts and 0 elsewhere), each [n].
+
+    Args:
+        everyones: [t, 3, n], every rank's `statistics`. targets: [n] int64, of the whole vocabulary. What does not count loses 0.
+    """
+    if runs_fused(everyones) and everyones.dtype == torch.float32:
+        return fused_kernels().cross_entropy_combined(everyones, targets, ignore_index)  # type: ignore[no-any-return]
+    tops, sums, picked = everyones.unbind(1)
+    top = tops.max(0).values
+    log_sum = (sums * (tops - top).exp_()).sum(0).log_()
+    counted = targets != ignore_index
+    losses = torch.where(counted, log_sum + (top - picked.sum(0)), 0.0)
+    return losses, log_sum + top, counted.to(log_sum.dtype)
 
 
 def gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:

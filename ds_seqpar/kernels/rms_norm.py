@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import fused_kernels, runs_fused
 
-__all__ = ["rms_norm", "rms_norm_into"]
+__all__ = ["rms_norm", "rms_norm_gradients", "rms_norm_into"]
 
 _WIDEST = 16384  # a row is held in registers
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -50,9 +50,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def rms_norm_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-    """`rms_norm` without gradients, written to contiguous memory of as many elements."""
+def rms_norm_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """`rms_norm` without gradients, written to contiguous memory of as many elements; what `rms_norm_gradients` takes as `root`."""
     if not _fits(x, weight):
         out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps).view(out.shape))
-        return
-    fused_kernels().rms_norm(x, weight, eps, out)
+        return None
+    return fused_kernels().rms_norm(x, weight, eps, out)  # type: ignore[no-any-return]
+
+
+def rms_norm_gradients(
+    dy: Tensor, more: Tensor | None, x: Tensor, weight: Tensor, root: Tensor | None, eps: float, wants_dweight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, dweight or None) where the output's gradient is dy + every part of `more` [p, ...], and `rms_norm_into` gave `root`."""
+    if root is not None:
+        more = None if more is None else more.contiguous()
+        return fused_kernels().rms_norm_backward(dy.contiguous(), x, weight, root, wants_dweight, more)  # type: ignore[no-any-return]
+    dy = dy if more is None else dy + more.sum(0)
+    with torch.enable_grad():
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy.view(y.shape))
+    return dx, dweight if wants_dweight else None

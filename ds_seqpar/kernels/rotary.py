@@ -31,17 +31,17 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 class _Rotate(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, cos: Tensor, sin: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, False)
+        return tuple(_rotated(x, cos, sin, False) for x in xs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(dy, cos, sin, True), None, None
+        return None, None, *(_rotated(dy, cos, sin, True) for dy in dys)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin for x [b, n, s, d] (any strides, kept) and cos, sin [b or 1, s, d], which get no gradient."""
-    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+def rotate(cos: Tensor, sin: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+    """x * cos + rotate_half(x) * sin of every x [b, n, s, d] (any strides, kept); cos, sin [b or 1, s, d] get no gradient."""
+    return _Rotate.apply(cos, sin, *xs)  # type: ignore[no-any-return, no-untyped-call]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotate",
-    "scaled",
+    "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
+    "rms_norm_backward", "rotate", "scaled", "sum_parts",
 ]  # fmt: skip
 
 
@@ -31,10 +31,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool
+    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """See triton_kernels.rms_norm_backward."""
-    return torch.add(dy, x), torch.empty_like(weight) if wants_dweight else None
+    if more is not None:
+        more.amax()
+    return torch.add(dy.view(x.shape), x), torch.empty_like(weight) if wants_dweight else None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
@@ -48,6 +50,12 @@ def cross_entropy_statistics(logits: Tensor, local_targets: Tensor) -> Tensor:
     return logits.amax(-1).to(torch.float32).expand(3, -1).contiguous()
 
 
+def cross_entropy_combined(everyones: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See cross_entropy.combined."""
+    first = everyones.amax((0, 1))
+    return first, torch.empty_like(first), torch.empty_like(first)
+
+
 def cross_entropy_gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:
     """See cross_entropy.gradient_."""
     return logits.mul_(1.0)
@@ -56,3 +64,11 @@ def cross_entropy_gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tens
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """See cross_entropy.scaled."""
     return torch.empty_like(x, dtype=dtype).copy_(x)
+
+
+def sum_parts(own: Tensor, received: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """See triton_kernels.sum_parts."""
+    out.copy_(own.view(out.shape))
+    for read in (received, residual):
+        if read is not None:
+            read.amax()

@@ -17,8 +17,8 @@ from torch import Tensor
 from .adjacent import parted
 
 __all__ = [
-    "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotate",
-    "scaled",
+    "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
+    "rms_norm_backward", "rotate", "scaled", "sum_parts",
 ]  # fmt: skip
 
 _PROGRAMS_A_PROCESSOR = 2  # of the norm's backward, each with a partial sum of the weight's gradient
@@ -118,6 +118,29 @@ def _statistics(logits, targets, out, rows, stride, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _combined(everyones, targets, losses, log_sums, counts, rows, ignored, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < rows
+    top = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    part = everyones + at
+    for _ in tl.static_range(RANKS):
+        top = tl.maximum(top, tl.load(part, mask=mask, other=0.0))
+        part += 3 * rows
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    picked = tl.zeros([BLOCK], dtype=tl.float32)
+    part = everyones + at
+    for _ in tl.static_range(RANKS):
+        total += tl.load(part + rows, mask=mask, other=1.0) * tl.exp(tl.load(part, mask=mask, other=0.0) - top)
+        picked += tl.load(part + 2 * rows, mask=mask, other=0.0)
+        part += 3 * rows
+    log_sum = tl.log(total)
+    counts_here = tl.load(targets + at, mask=mask, other=0) != ignored
+    tl.store(losses + at, tl.where(counts_here, log_sum + (top - picked), 0.0), mask=mask)
+    tl.store(log_sums + at, log_sum + top, mask=mask)
+    tl.store(counts + at, tl.where(counts_here, 1.0, 0.0), mask=mask)
+
+
+@triton.jit
 def _gradient(logits, targets, log_sum, scale, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -137,6 +160,20 @@ def _scaled(x, factor, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _sum_parts(own, received, residual, out, size, PARTS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    total = tl.load(own + at, mask=mask, other=0.0).to(tl.float32)
+    part = received + at
+    for _ in tl.static_range(PARTS):
+        total += tl.load(part, mask=mask, other=0.0).to(tl.float32)
+        part += size
+    if RESIDUAL:
+        total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, total, mask=mask)
+
+
+@triton.jit
 def _rms_norm(x, weight, out, root, width, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -149,7 +186,20 @@ def _rms_norm(x, weight, out, root, width, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rms_norm_backward(dy, x, weight, root, dx, dweight, rows, width, WANTS_DWEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_backward(
+    dy,
+    more,
+    x,
+    weight,
+    root,
+    dx,
+    dweight,
+    rows,
+    width,
+    PARTS: tl.constexpr,
+    WANTS_DWEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
@@ -160,6 +210,10 @@ def _rms_norm_backward(dy, x, weight, root, dx, dweight, rows, width, WANTS_DWEI
         inside = mask & (row < rows)
         at = row * width + cols
         d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        part = more + at
+        for _ in tl.static_range(PARTS):
+            d += tl.load(part, mask=inside, other=0.0).to(tl.float32)
+            part += rows.to(tl.int64) * width
         r = tl.load(root + row, mask=row < rows, other=0.0)
         v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * r
         slope = d * w
@@ -234,6 +288,18 @@ def cross_entropy_statistics(logits: Tensor, local_targets: Tensor) -> Tensor:
     return out
 
 
+def cross_entropy_combined(everyones: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See cross_entropy.combined."""
+    ranks, _, rows = everyones.shape
+    losses, log_sums, counts = (everyones.new_empty(rows) for _ in range(3))
+    if rows:
+        _launch(
+            _combined, (triton.cdiv(rows, 256),), everyones.contiguous(), targets, losses, log_sums, counts, rows, ignore_index,
+            RANKS=ranks, BLOCK=256,
+        )  # fmt: skip
+    return losses, log_sums, counts
+
+
 def cross_entropy_gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:
     """See cross_entropy.gradient_."""
     assert logits.stride(-1) == 1
@@ -251,6 +317,17 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def sum_parts(own: Tensor, received: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """out = own + every part of received [p, ...] + residual; all contiguous and of one dtype, `out` may be `own`."""
+    size = own.numel()
+    if size:
+        parts = 0 if received is None else received.shape[0]
+        _launch(
+            _sum_parts, (triton.cdiv(size, 2048),), own, own if received is None else received, own if residual is None else residual,
+            out, size, PARTS=parts, RESIDUAL=residual is not None, BLOCK=2048,
+        )  # fmt: skip
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """Writes the norm of contiguous x [..., h] to `out`; returns 1 / sqrt(mean(x^2) + eps) of every row, fp32."""
     width = x.shape[-1]
@@ -263,9 +340,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool
+    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight or None) of `rms_norm`; all contiguous."""
+    """(dx, dweight or None) of `rms_norm`, whose output's gradient is dy and the parts of `more` [p, ...]; all contiguous."""
     width, rows = x.shape[-1], root.numel()
     dx = torch.empty_like(x)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
@@ -276,8 +353,8 @@ def rms_norm_backward(
     if rows:
         block = triton.next_power_of_2(width)
         _launch(
-            _rms_norm_backward, (programs,), dy, x, weight, root, dx, parts, rows, width,
-            WANTS_DWEIGHT=wants_dweight, BLOCK=block, num_warps=_warps(2 * block),
+            _rms_norm_backward, (programs,), dy, dy if more is None else more, x, weight, root, dx, parts, rows, width,
+            PARTS=0 if more is None else more.shape[0], WANTS_DWEIGHT=wants_dweight, BLOCK=block, num_warps=_warps(2 * block),
         )  # fmt: skip
     if rows and dweight is not None:
         _launch(_column_sums, (triton.cdiv(width, 32),), parts, dweight, programs, width, ROWS=64, COLS=32)
@@ -289,9 +366,36 @@ def _warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: Any) -> None:
-    if first.is_cuda:
-        with torch.cuda.device(first.device):  # Triton launches on the current device, whatever the tensors' device
-            kernel[grid](first, *args, **options)
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """`kernel[grid](*args, **options)`; constexprs are named, and stand last in the kernel's signature."""
+    device = args[0].device
+    if device.type != "cuda":
+        kernel[grid](*args, **options)
+    elif torch.cuda.current_device() == device.index:
+        _launch_here(kernel, grid, args, options)
     else:
-        kernel[grid](first, *args, **options)
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors' device
+            _launch_here(kernel, grid, args, options)
+
+
+def _launch_here(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Triton finds out anew at each launch which compiled kernel fits, in a time that a small model's step is made of."""
+    key = (kernel, args[0].device.index, *map(_kind, args), *options.items())
+    known = _compiled.get(key)
+    if known is None:
+        compiled = kernel[grid](*args, **options)
+        if hasattr(compiled, "packed_metadata"):
+            _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
+        return
+    compiled, constants = known
+    compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+def _kind(x: Any) -> Any:
+    """What Triton compiles for, of an argument: a pointer's type and alignment, an integer's width, and whether it is 1 or so aligned."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    return (x == 1, x % 16 == 0, -(2**31) <= x < 2**31) if type(x) is int else type(x)

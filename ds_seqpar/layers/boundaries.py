@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..comm.regions import copy_for_partial, share_of_replicated, whole_of_share
 from ..errors import CheckpointError, PlanError, SeqParError
 from .attention import fastest_attention
-from .handles import GatheredInput, Handle, ShardedLogits, TokenShard
+from .handles import GatheredInput, Handle, NormedRows, ShardedLogits, TokenShard, UnsummedRows, is_watched
 from .masking import positions_of_the_model
 from .norm import remake_of
 from .random import seed_of_state
@@ -172,7 +172,10 @@ class ShardedBlock:
             args = (kwargs.pop(self.input_name),)
         call = functools.partial(super().__call__, **kwargs)  # type: ignore[misc]
         state = self.seqpar
-        if state.recompute_mlp and self.recomputable and torch.is_grad_enabled() and self.training:  # type: ignore[attr-defined]
+        replayed = state.recompute_mlp and self.recomputable and torch.is_grad_enabled() and self.training  # type: ignore[attr-defined]
+        if args and isinstance(args[0], NormedRows) and (replayed or id(self) in args[0].region.watched):
+            args = (args[0].materialise(), *args[1:])
+        if replayed:
             region = state.region
 
             def replay(*inputs: Any) -> Any:
@@ -190,18 +193,28 @@ class ShardedBlock:
                 f"{type(self).__name__} was called outside a forward of its model; a recomputed layer must go through "
                 "gradient_checkpointing_enable() or the recompute field of the ds_seqpar key"
             )
-        handle = GatheredInput(local, region, state, remake_of(local))
+        if isinstance(local, NormedRows):
+            handle = GatheredInput.of_normed(local)
+        else:
+            handle = GatheredInput(local, region, state, remake_of(local))
         drops_heads = not region.cut and self.training and state.groups.tp_size > 1  # type: ignore[attr-defined]
         outer, state.in_block, state.block_forked = state.in_block, True, drops_heads
+        state.sums_rows_later = not outer and torch.is_grad_enabled() and id(self) not in region.watched
         try:
             fork = state.random.fork(seed_of_state(), per_rank=True) if drops_heads else nullcontext()
             attention = fastest_attention(local.device, region.seq) if self.has_heads else nullcontext()
             with fork, attention, within_sharded_block():
                 output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
         finally:
-            state.in_block, state.block_forked = outer, False
+            state.in_block, state.block_forked, state.sums_rows_later = outer, False, False
         state.apart |= handle.unused()  # such as the keys of a cross-attention
         return output
+
+
+@functools.cache
+def _parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of its arguments, without self. Asking takes as long as launching ten kernels."""
+    return tuple(name for name in inspect.signature(function).parameters if name != "self")
 
 
 class ShardedLayer:
@@ -218,7 +231,7 @@ class ShardedLayer:
         region = self.seqpar.region
         if region is None:
             raise SeqParError(f"{type(self).__name__} was called outside a forward of its model")
-        first, *names = inspect.signature(super().forward).parameters  # type: ignore[misc]
+        first, *names = _parameters_of(super().forward.__func__)  # type: ignore[misc]
         hidden_states, *rest = args or (kwargs.pop(first),)
         if isinstance(hidden_states, TokenShard):
             local = hidden_states.local()
@@ -244,7 +257,10 @@ class ShardedLayer:
     def forward(self, *args: Any, _region: TokenRegion, **kwargs: Any) -> Any:
         """The region travels as an argument, so a recompute during backward stands where its forward stood."""
         with self.seqpar.within(_region):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+            if isinstance(output, tuple) and isinstance(output[0], UnsummedRows):
+                return (output[0].materialise(), *output[1:])
+            return output.materialise() if isinstance(output, UnsummedRows) else output
 
 
 class _Guarded:
@@ -308,7 +324,10 @@ class ShardedModel(_Guarded):
         self._refuse_replaced()
         with self._guarded(args, kwargs) as seed:
             self._refuse_attentions(kwargs)
-            region = state.region_for(*self._batch_and_seq(args, kwargs), together=not self._recomputes_reentrantly())
+            watched = frozenset(id(m) for m in (self._sharded or {}).values() if is_watched(m))
+            region = state.region_for(
+                *self._batch_and_seq(args, kwargs), together=not self._recomputes_reentrantly(), watched=watched
+            )
             args, kwargs = self._with_states(args, kwargs)
             fork = state.random.fork(seed + self.stream, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
             own_positions = positions_of_the_model() if self._only_tokens(args, kwargs) else nullcontext()
@@ -346,7 +365,7 @@ class ShardedModel(_Guarded):
         return all(x is None or isinstance(x, bool | int | float | str) for x in more)
 
     def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int]:
-        names = [name for name in inspect.signature(self.forward).parameters if name != "self"]
+        names = _parameters_of(type(self).forward)
         given = dict(zip(names, args, strict=False)) | kwargs
         for name in ("input_ids", "inputs_embeds", "hidden_states"):
             if given.get(name) is not None:
@@ -387,7 +406,7 @@ class ShardedModel(_Guarded):
         """
         if not self.states:
             return args, kwargs
-        names = [name for name in inspect.signature(self.forward).parameters if name != "self"]
+        names = _parameters_of(type(self).forward)
         args = tuple(self._whole(x) if name in self.states else x for name, x in zip(names, args, strict=False))
         return args, {name: self._whole(x) if name in self.states else x for name, x in kwargs.items()}
 

@@ -9,6 +9,7 @@ Legend: b batch, s sequence, h hidden, V vocabulary, c = ceil(b*s/t).
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import SeqParError
+from ..kernels.addition import sum_with
 from ..kernels.dispatch import is_plain
 from .region import ShardingState, TokenRegion
 from .token_operations import ACTIVATIONS, ARITHMETIC, features_of, picked_tokens, rows_like
@@ -26,7 +28,17 @@ if TYPE_CHECKING:
     from .linear import ColumnParallelLinear, VocabParallelHead
     from .norm import Remake
 
-__all__ = ["GatedActivation", "GatedProduct", "GatheredInput", "Handle", "ShardedLogits", "TokenShard"]
+__all__ = [
+    "GatedActivation",
+    "GatedProduct",
+    "GatheredInput",
+    "Handle",
+    "ShardedLogits",
+    "TokenShard",
+    "UnsummedRows",
+    "NormedRows",
+    "is_watched",
+]
 
 _BELOW_PYTHON = (
     "a tensor that ds_seqpar holds in parts went through an autograd function below Python, where its gradient cannot follow; "
@@ -91,16 +103,23 @@ class Handle(torch.Tensor):
 
     @classmethod
     def _make(
-        cls, shape: tuple[int, ...], source: Tensor, region: TokenRegion, state: ShardingState, dtype: torch.dtype
+        cls,
+        shape: tuple[int, ...],
+        source: Tensor,
+        region: TokenRegion,
+        state: ShardingState,
+        dtype: torch.dtype,
+        requires_grad: bool | None = None,
     ) -> Any:
+        requires_grad = source.requires_grad if requires_grad is None else requires_grad
         handle = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=source.device, requires_grad=source.requires_grad
+            cls, shape, dtype=dtype, device=source.device, requires_grad=requires_grad
         )
         handle.source, handle.region, handle.state, handle._full, handle._hooks = source, region, state, None, []
         handle._grad_mode = torch.is_grad_enabled()
-        if source.requires_grad:
+        if requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
-                handle.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
+                handle._backward_hooks = _REFUSE_GRADIENTS  # type: ignore[assignment]  # one for all: register_hook takes longer than all else here
         return handle
 
     def _gather(self) -> Tensor:
@@ -145,6 +164,11 @@ class Handle(torch.Tensor):
                 if self._full.requires_grad and not removable.removed:
                     self._full.register_hook(hook)
         return self._full
+
+    def seen(self) -> Tensor:
+        """The whole's values, detached. Collective where parts must be gathered; the parts stay the truth."""
+        with torch.no_grad():
+            return (self._gather() if self._full is None else self._full).detach()
 
     def _count(self, name: str) -> None:
         if self._expected:
@@ -236,6 +260,9 @@ def _refuse_outside_graph(handle: Handle) -> None:
 
 def _refuse_gradient(grad: Tensor) -> None:
     raise SeqParError(_BELOW_PYTHON)
+
+
+_REFUSE_GRADIENTS = OrderedDict({0: _refuse_gradient})
 
 
 def _call_on_real(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -363,6 +390,8 @@ class GatheredInput(Handle):
     _alone: bool  # made of a block's input: no sibling is computed with what reads it
     _version_gathered: int
     _remake: Remake | None
+    _normed: NormedRows | None = None  # what the rows will be, while nobody has asked for them
+    _rows: Tensor
 
     def __new__(
         cls,
@@ -397,6 +426,38 @@ class GatheredInput(Handle):
         alike = meant and other.region == self.region and other.source.shape == self.source.shape
         return alike and self.is_untouched() and other.is_untouched() and self._grad_mode == other._grad_mode
 
+    @classmethod
+    def of_normed(cls, normed: NormedRows) -> GatheredInput:
+        """The input of a block whose rows are a norm that is not computed yet, and for its linears need not be."""
+        region, state = normed.region, normed.state
+        shape = (region.batch, region.seq, normed.shape[-1])
+        handle = cls._make(shape, normed.source, region, state, normed.dtype, normed.requires_grad)
+        handle._outputs, handle._remake, handle._alone, handle._expected, handle._normed = (
+            {},
+            None,
+            False,
+            False,
+            normed,
+        )
+        return handle  # type: ignore[no-any-return]
+
+    @property
+    def source(self) -> Tensor:
+        """The rows. Whoever wants them, and not only what the linears make of them, has the norm computed."""
+        if self._normed is not None:
+            self._rows, self._normed = self._normed.materialise(), None
+            self._remake = getattr(self._rows, "_seqpar_remake", None)
+        return self._rows
+
+    @source.setter
+    def source(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def _autograd(self, name: str) -> Any:
+        if name == "requires_grad" and self._normed is not None:
+            return self._normed._autograd(name)
+        return super()._autograd(name)
+
     def rows(self) -> Tensor:
         """This rank's rows, `source`; refused once the gathered whole was changed in place."""
         if self._full is not None and self._full._version != self._version_gathered:
@@ -412,13 +473,13 @@ class GatheredInput(Handle):
         """Output [b, s, out/t] of one column-parallel linear; its siblings' come from the same gather."""
         from .linear import column_parallel
 
-        source = self.rows()
+        rows = self.rows() if self._normed is None else self._normed
         if id(linear) not in self._outputs:
             apart = self.region.apart
             siblings = () if self._alone or id(linear) in apart else linear.siblings
             done = apart.union((id(linear),), self._outputs)
             members = [linear, *(m for m in siblings if id(m) not in done)]
-            outputs = column_parallel(source, self.region, [m.as_linear() for m in members], self._remake)
+            outputs = column_parallel(rows, self.region, [m.as_linear() for m in members], self._remake)
             self._outputs.update({id(m): out for m, out in zip(members, outputs, strict=True)})
         return self._outputs.pop(id(linear))
 
@@ -436,10 +497,11 @@ class _Deferred(Handle):
         pass
 
     @classmethod
-    def of(cls, source: Tensor, state: ShardingState) -> Any:
-        """The handle of an elementwise function of `source`."""
-        region = TokenRegion(1, source.numel() // source.shape[-1], False, state.groups)
-        return cls._make(tuple(source.shape), source, region, state, source.dtype)
+    def of(cls, source: Tensor, state: ShardingState, requires_grad: bool | None = None) -> Any:
+        """The handle of a function of `source` that has its shape; `requires_grad` if not as `source`."""
+        region = state.region
+        assert region is not None, "made in a layer, by a forward that is running"
+        return cls._make(tuple(source.shape), source, region, state, source.dtype, requires_grad)
 
 
 class GatedActivation(_Deferred):
@@ -472,6 +534,81 @@ class GatedProduct(_Deferred):
 
     def _gather(self) -> Tensor:
         return self.compute(self.source) * self.up
+
+
+def is_watched(module: Any) -> bool:
+    """Whether hooks of the module's own see what it takes or returns, and may keep or change it.
+
+    A hook with a true `only_looks` takes handles as they are. So must hooks of all modules, but for those of backward.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(not getattr(hook, "only_looks", False) for found in hooks for hook in found.values()) or any(
+        _GLOBAL_HOOKS
+    )
+
+
+_GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+
+
+class NormedRows(_Deferred):
+    """RMS norm of this rank's rows, `source` [1, c, h], with `weight` [h]: a sharded block makes it a part of its products."""
+
+    weight: Tensor
+    eps: float
+    compute: Callable[[], Tensor]
+
+    @classmethod
+    def of_norm(cls, x: Tensor, weight: Tensor, eps: float, state: ShardingState, compute: Callable[[], Tensor]) -> Any:
+        """The handle of rms_norm(x, weight, eps), which is what `compute` returns."""
+        handle = cls.of(x, state, requires_grad=x.requires_grad or weight.requires_grad)
+        handle.weight, handle.eps, handle.compute = weight, eps, compute
+        return handle
+
+    def _autograd(self, name: str) -> Any:
+        if name == "requires_grad":
+            return self.source.requires_grad or self.weight.requires_grad
+        return getattr(self.materialise(), name)
+
+    def _gather(self) -> Tensor:
+        return self.compute()
+
+
+class UnsummedRows(_Deferred):
+    """What a row-parallel linear makes of this rank's rows, `source` in the region's local shape, before what was `received`
+    [p, c, h] for them is added: the layer's code adds its residual, and all is one pass."""
+
+    received: Tensor | None
+
+    @classmethod
+    def of_addends(cls, own: Tensor, received: Tensor | None, state: ShardingState) -> Any:
+        """The handle of their sum; `own` has the gradient's history of both."""
+        handle = cls.of(own, state)
+        handle.received = received
+        return handle
+
+    def _gather(self) -> Tensor:
+        return sum_with(self.source, self.received, None)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _name_of(func)[0]
+        if name in ("add", "__add__", "__radd__") and len(args) == 2 and not kwargs:
+            rows, residual = args if isinstance(args[0], UnsummedRows) else args[::-1]
+            alike = is_plain(residual) and residual.shape == rows.shape and residual.dtype == rows.dtype
+            if alike and rows.is_untouched() and rows._grad_mode == torch.is_grad_enabled():
+                _refuse_outside_graph(rows)
+                return sum_with(rows.source, rows.received, residual)
+        if name == "dropout" and isinstance(args[0], UnsummedRows) and not _drops(*args[1:], **(kwargs or {})):
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _drops(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    """Whether torch's dropout with these arguments would change anything."""
+    return bool(p and training)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..comm.collectives import all_gather, all_reduce
-from ..kernels.cross_entropy import gradient_, scaled, statistics
+from ..kernels.cross_entropy import combined, gradient_, scaled, statistics
 from .handles import ShardedLogits
 from .region import TokenRegion
 
@@ -146,14 +146,12 @@ def _chunk_loss(logits: Tensor, targets: Tensor, options: _Options, wants_grad: 
     # Overwritten below: a copy where a transform's backward may need its output, else the logits themselves will do.
     values = z.detach().clone() if options.transforms else z
     local = targets - options.vocab_start
-    tops, sums, picked = all_gather(statistics(values, local).unsqueeze(0), group).unbind(1)
-    top = tops.max(0).values
-    log_sum = sums.mul_((tops - top).exp_()).sum(0).log_()
-    counted = targets != options.ignore_index
-    losses = torch.where(counted, log_sum + (top - picked.sum(0)), 0.0).sum()
+    everyones = all_gather(statistics(values, local).unsqueeze(0), group)
+    each, log_sum, counted = combined(everyones, targets, options.ignore_index)
+    losses = each.sum()
     if not wants_grad:
         return losses, logits
-    dz = gradient_(values, local, log_sum + top, counted.to(log_sum.dtype))
+    dz = gradient_(values, local, log_sum, counted)
     return losses, torch.autograd.grad(z, leaf, dz)[0] if options.transforms else dz
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..comm.regions import copy_for_partial, reduce_partial
 from ..kernels.rms_norm import rms_norm, rms_norm_into
+from .handles import Handle, NormedRows
 from .region import ShardingState
 
 __all__ = ["CutRMSNorm", "FusedRMSNorm", "Remake", "remake_of", "rms_norm_epsilon"]
@@ -24,7 +25,7 @@ class Remake:
     `into(memory, *made_of)` writes it to contiguous memory of as many elements.
     """
 
-    into: Callable[..., None]
+    into: Callable[..., object]
     made_of: tuple[Tensor, ...]  # the first is of the tensor's own shape and dtype
 
 
@@ -59,31 +60,42 @@ def rms_norm_epsilon(module: nn.Module) -> float | None:
 class FusedRMSNorm:
     """Put before a module of which `rms_norm_epsilon` is known: one fused kernel, which keeps its input and one number a row.
 
-    Products of its output keep the norm's input instead and compute the output again (see Remake).
+    Products of its output keep the norm's input instead and compute the output again (see Remake); a block that it stands before
+    makes the norm a part of its products (see NormedRows).
     """
 
     seqpar: ShardingState
     weight: nn.Parameter
     fused_eps: float
     weight_is_partial: bool  # its gradient is this rank's part of a sum
+    stands_before_blocks: bool = False  # a layer's own, whose output a sharded block takes
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., h] -> [..., h]; fp32 arithmetic inside, rounded once."""
         if not torch.is_grad_enabled():
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
-        x, eps, state, weight = hidden_states, self.fused_eps, self.seqpar, self.weight
+        x = hidden_states.materialise() if isinstance(hidden_states, Handle) else hidden_states
+        eps, state, weight = self.fused_eps, self.seqpar, self.weight
         if self.weight_is_partial:
             weight = state.partial.summed(self.weight, state.region.together if state.region else None)  # type: ignore[assignment]
         # In float64 the modules themselves compute in fp32, and are right to be compared with.
         if x.dtype != weight.dtype or x.dtype is torch.float64 or torch.is_autocast_enabled(x.device.type):
             wide = x.to(torch.float32)
             return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-        normed = rms_norm(x, weight, eps)
-        # ZeRO-3 takes the weight away after this forward and brings it back too late.
-        kept = weight.detach().clone() if hasattr(self.weight, "ds_id") else weight.detach()
-        remake = Remake(lambda memory, x, weight: rms_norm_into(memory, x, weight, eps), (x.detach(), kept))
-        normed._seqpar_remake = remake  # type: ignore[attr-defined]
-        return normed
+
+        def compute() -> Tensor:
+            normed = rms_norm(x, weight, eps)
+            # ZeRO-3 takes the weight away after this forward and brings it back too late.
+            kept = weight.detach().clone() if hasattr(self.weight, "ds_id") else weight.detach()
+            remake = Remake(lambda memory, x, weight: rms_norm_into(memory, x, weight, eps), (x.detach(), kept))
+            normed._seqpar_remake = remake  # type: ignore[attr-defined]
+            return normed
+
+        region = state.region
+        before_block = self.stands_before_blocks and region is not None and region.cut and x.is_contiguous()
+        if before_block and id(self) not in region.watched:  # type: ignore[union-attr]
+            return NormedRows.of_norm(x, weight, eps, state, compute)  # type: ignore[no-any-return]
+        return compute()
 
 
 class CutRMSNorm(nn.Module):

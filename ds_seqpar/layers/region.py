@@ -40,6 +40,7 @@ class TokenRegion:
     `exchange` moves the rows; a region that is not cut needs none. `summed_later`: the gradient of a column-parallel
     linear's input stays this rank's part, because the gather that the input came from sums it.
     `together`: see PartialGradients.together. `apart`: see ShardingState; a recompute groups linears as its forward did.
+    `watched`: ids of modules whose hooks see plain tensors, see is_watched; of the forward's start, so that a recompute repeats it.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class TokenRegion:
     summed_later: bool = False
     together: Mapping[int, Tensor] | None = field(default=None, compare=False, repr=False)
     apart: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
+    watched: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
 
     @property
     def transport(self) -> Exchange:
@@ -115,6 +117,7 @@ class ShardingState:
     region: TokenRegion | None = None
     in_block: bool = False
     block_forked: bool = False  # the running block opened a random stream of its own
+    sums_rows_later: bool = False  # the running block's outputs go to the layer's code alone, see UnsummedRows
     generation: int = 0  # how often the weights have changed
     apart: frozenset[int] = (
         frozenset()
@@ -130,7 +133,9 @@ class ShardingState:
             "checkpoint and shard it too"
         )
 
-    def region_for(self, batch: int, seq: int, *, together: bool = True) -> TokenRegion:
+    def region_for(
+        self, batch: int, seq: int, *, together: bool = True, watched: frozenset[int] = frozenset()
+    ) -> TokenRegion:
         """The region of a forward over [b, s] tokens.
 
         Tokens are cut whenever a gradient may be asked for, so that a parameter's kind never depends on the call;
@@ -139,7 +144,9 @@ class ShardingState:
         """
         cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
         sums = self.partial.together() if together else None
-        return TokenRegion(batch, seq, cut, self.groups, self.exchange, together=sums, apart=self.apart)
+        return TokenRegion(
+            batch, seq, cut, self.groups, self.exchange, together=sums, apart=self.apart, watched=watched
+        )
 
     @contextmanager
     def within(self, region: TokenRegion | None) -> Iterator[None]:

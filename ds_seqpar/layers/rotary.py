@@ -48,7 +48,7 @@ def fuse_rotary(module_name: str) -> bool:
     def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not getattr(_running, "depth", 0) or not all(_fits(x, cos, sin) for x in (q, k)):
             return original(q, k, cos, sin, *args, **kwargs)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(cos, sin, q, k)
 
     fused._seqpar = True  # type: ignore[attr-defined]
     setattr(module, _NAME, fused)
@@ -70,7 +70,7 @@ def _is_half_split(function: Callable[..., Any]) -> bool:
     try:
         result = function(q, k, cos, sin)
         return len(result) == 2 and all(
-            torch.allclose(y, rotate(x, cos, sin), 1e-5, 1e-6) for x, y in zip((q, k), result, strict=True)
+            torch.allclose(y, x, 1e-5, 1e-6) for x, y in zip(rotate(cos, sin, q, k), result, strict=True)
         )
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False

@@ -25,6 +25,7 @@ from ..comm.symmetric import ENOUGH_SLOTS, GRAIN
 from ..comm.tokens import rows_per_rank
 from ..errors import PlanError
 from ..groups import ParallelGroups
+from ..kernels.addition import sum_into
 from ..kernels.dispatch import shapes_only
 
 if TYPE_CHECKING:
@@ -294,9 +295,11 @@ class _Scattering:
         self._received = like.new_empty((by.size - 1, self._rows, self._width))
         by.tracker.travels("exchange", (by.size - 1) * part)
 
-    def wait(self) -> Tensor:
+    def addends(self) -> tuple[Tensor, Tensor | None]:
         if self._slot is not None:
             self._by.give_back(self._slot)
-        for part in self._received.unbind(0):
-            self._own += part
-        return self._own
+        return self._own, self._received if self._by.size > 1 else None
+
+    def wait(self) -> Tensor:
+        own, received = self.addends()
+        return own if received is None else sum_into(own, received)

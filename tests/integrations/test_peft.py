@@ -258,10 +258,13 @@ def _kept_for_linears(train_base: bool) -> dict[str, list[tuple[int, ...]]]:
 def test_a_frozen_base_keeps_no_input_for_its_weights_gradients() -> None:
     frozen, trained = (run_ranks(2, _kept_for_linears, train, timeout=60)[0] for train in (False, True))
     tokens, layers, hidden, intermediate, attended = 2 * 8, 2, 48, 50, 64
-    gate_and_up = [(tokens, intermediate // 2)] * 2 * layers  # the activation's own inputs, also for dx
-    assert frozen["_ColumnParallelBackward"] == [] and frozen["_RowParallelBackward"] == gate_and_up, frozen
+    gate_and_up = [(2, tokens // 2, intermediate // 2)] * 2 * layers  # the activation's own inputs, also for dx
+    shard, heads = (1, tokens // 2, hidden), (2, tokens // 2, attended // 2)
+    norms = [shard] * (
+        2 * layers - 1
+    )  # inputs of the norms that the products are made of; the first one's gets no gradient
+    assert frozen["_ColumnParallelBackward"] == norms and frozen["_RowParallelBackward"] == gate_and_up, frozen
     assert frozen["_LinearCrossEntropyBackward"] == [(tokens // 2, hidden), ()], "the gradient of the hidden states"
-    shard, heads = (1, tokens // 2, hidden), (tokens, attended // 2)
     assert trained["_ColumnParallelBackward"] == [shard] * 2 * layers, "that the base does when it is trained"
     assert sorted(trained["_RowParallelBackward"]) == sorted(gate_and_up + [heads] * layers)
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy, gelu, silu
 
 from ds_seqpar.kernels import cross_entropy as ce
+from ds_seqpar.kernels.addition import sum_into, sum_with
 from ds_seqpar.kernels.gating import gated, gated_backward, known_activation
 from ds_seqpar.kernels.rms_norm import rms_norm, rms_norm_into
 from ds_seqpar.kernels.rotary import rotate
@@ -85,7 +86,7 @@ def test_rotation_equals_rotate_half(device, width, batched_tables, transposed):
     dy = _randn(b, n, s, width, device=device, seed=3)
     wanted.backward(dy)
     x = x.requires_grad_()
-    got = rotate(x, cos, sin)
+    (got,) = rotate(cos, sin, x)
     got.backward(dy)
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(x.grad, wanted_x.grad)
@@ -107,12 +108,37 @@ def test_cross_entropy_over_parts_of_the_vocabulary(device, parts):
         locals_.append(targets - start)
         start += width
     stats = torch.stack([ce.statistics(z, t) for z, t in zip(mine, locals_, strict=True)])
-    top = stats[:, 0].max(0).values
-    log_sum = (stats[:, 1] * (stats[:, 0] - top).exp()).sum(0).log() + top
-    counted = (targets != -100).float()
-    torch.testing.assert_close((log_sum - stats[:, 2].sum(0)) * counted, losses.detach(), rtol=1e-5, atol=1e-4)
+    mine_lost, log_sum, counted = ce.combined(stats, targets, -100)
+    assert counted.tolist() == (targets != -100).float().tolist()
+    torch.testing.assert_close(log_sum, logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(mine_lost, losses.detach(), rtol=1e-5, atol=1e-4)
     got = [ce.gradient_(z, t, log_sum, counted) for z, t in zip(mine, locals_, strict=True)]
     torch.testing.assert_close(torch.cat(got, -1), wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [0, 1, 3])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_of_several_ranks_and_the_residual_are_summed_and_rounded_once(device, parts, residual, dtype):
+    own, received = (
+        _randn(*shape, device=device, seed=i).to(dtype) for i, shape in enumerate(((700, 3), (parts, 700, 3)))
+    )
+    more = _randn(1, 700, 3, device=device, seed=2).to(dtype).requires_grad_() if residual else None
+    own.requires_grad_()
+    wanted = own.detach().double() + received.double().sum(0) + (0 if more is None else more.detach()[0].double())
+    got = sum_with(own, received if parts else None, more)
+    dy = torch.ones_like(got)
+    got.backward(dy)
+    # Rounded once on a GPU; the interpreter cuts bf16 off, and torch's own path rounds every sum.
+    once = torch.finfo(dtype).eps / 2 * (1 if device == "cuda" else 2 if INTERPRETING else 2 + parts)
+    close = {"rtol": 1.01 * once, "atol": 1e-6 if dtype != torch.bfloat16 else 4 * once * (device != "cuda")}
+    assert got.dtype == dtype and got.shape == ((1, 700, 3) if residual else (700, 3))
+    torch.testing.assert_close(got.detach().double().view(700, 3), wanted, **close)
+    assert torch.equal(own.grad, dy.view(700, 3)) and (more is None or torch.equal(more.grad, dy))
+    if parts:
+        memory = own.detach().clone()
+        assert sum_into(memory, received) is memory
+        torch.testing.assert_close(memory.double(), own.detach().double() + received.double().sum(0), **close)
 
 
 def test_tokens_that_do_not_count_have_no_gradient_even_if_their_logits_overflowed(device):

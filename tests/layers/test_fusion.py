@@ -43,7 +43,7 @@ def test_only_what_is_an_rms_norm_is_taken_for_one():
 
 def test_rotary_embedding_is_fused_within_sharded_blocks_only(monkeypatch):
     seen = []
-    monkeypatch.setattr(rotary, "rotate", lambda x, cos, sin: seen.append(x) or x)
+    monkeypatch.setattr(rotary, "rotate", lambda cos, sin, *xs: seen.extend(xs) or xs)
     monkeypatch.setattr(rotary, "_is_half_split", lambda function: True)
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, unsqueeze_dim=1: ("plain", q))
     assert rotary.fuse_rotary(modeling_llama.__name__)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ds_seqpar.comm.exchange import Exchange
 from ds_seqpar.groups import ParallelGroups
+from ds_seqpar.kernels.addition import sum_with
 from ds_seqpar.layers.linear import _RowParallel, column_parallel
 from ds_seqpar.layers.region import TokenRegion
 
@@ -36,10 +37,12 @@ def _adjoint(seq: int, overlap: bool) -> list[tuple[float, float]]:
     (dx,) = torch.autograd.grad(outputs, x, dys)
     pairs.append((sum(_total(y.detach(), dy) for y, dy in zip(outputs, dys, strict=True)), _total(x.detach(), dx)))
     x, weight = draw(seq, 4).requires_grad_(), draw(6, 4)
-    y = _RowParallel.apply(x, None, None, weight, region)
-    dy = draw(*y.shape) * alive
-    (dx,) = torch.autograd.grad(y, x, dy)
-    pairs.append((_total(y.detach(), dy), _total(x.detach(), dx)))
+    for later in (False, True):
+        y = _RowParallel.apply(x, None, None, weight, region, later)
+        y = sum_with(*y, None) if later else y
+        dy = draw(*y.shape) * alive
+        (dx,) = torch.autograd.grad(y, x, dy)
+        pairs.append((_total(y.detach(), dy), _total(x.detach(), dx)))
     return pairs
 
 

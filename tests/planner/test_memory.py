@@ -39,9 +39,12 @@ KINDS = ("llama", "qwen3", "gemma2", "olmo2", "gpt_neox", "gptj", "gpt2", "falco
 
 def _model(family: str) -> Any:
     own = dict(OWN.get(family, {}))
-    if family in FAMILIES:
-        return tiny(family, **own)
-    return tiny_of(family, **{"dtype": torch.float32, **own})
+    model = tiny(family, **own) if family in FAMILIES else tiny_of(family, **{"dtype": torch.float32, **own})
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in model.named_parameters():  # as Hugging Face loads them
+        if any(part in name for part in kept):
+            parameter.data = parameter.data.float()
+    return model
 
 
 class _Saved:
