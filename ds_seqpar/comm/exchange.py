@@ -238,7 +238,7 @@ class _GatheringByRank:
         self._slot = slot = by.memory.take(by.size * nbytes)
         make(slot.of(by.rank, shape, dtype, by.rank * nbytes))
         self._arrived = []
-        with by.memory.behind_barrier():
+        with by.memory.behind_barrier() as self._current:
             for peer in by.peers:
                 at = peer * nbytes
                 slot.of(by.rank, shape, dtype, at).copy_(slot.of(peer, shape, dtype, at))
@@ -255,14 +255,14 @@ class _GatheringByRank:
             yield own, self._rows(own)
         while self._arrived:
             peer, event = self._arrived.pop(0)
-            event.wait()
+            self._current.wait_event(event)
             rows = by.rows_of(peer, self._tokens)
             if rows.stop > rows.start:
                 yield rows, self._rows(rows)
 
     def whole(self) -> Tensor:
         for _, event in self._arrived:
-            event.wait()
+            self._current.wait_event(event)
         self._arrived.clear()
         return self._rows(slice(0, self._tokens))
 
@@ -284,7 +284,7 @@ class _ScatteringByRank:
         for i, peer in enumerate(by.peers):  # where a rank keeps what it made for others: in the order of its peers
             yield from self._part(peer, partial(slot.of, by.rank, dtype=dtype, offset=i * part))
         self._received = received = like.new_empty((by.size - 1, rows, width))
-        with by.memory.behind_barrier():
+        with by.memory.behind_barrier() as self._current:
             for i, peer in enumerate(by.peers):
                 received[i].copy_(slot.of(peer, self._shape, dtype, part * ((by.rank - peer) % by.size - 1)))
             self._done = by.stream.record_event()
@@ -300,7 +300,7 @@ class _ScatteringByRank:
             yield rows, memory((live, self._shape[1]))
 
     def addends(self) -> tuple[Tensor, Tensor | None]:
-        self._done.wait()
+        self._current.wait_event(self._done)
         self._by.memory.give_back(self._slot)
         return self._own, self._received
 

@@ -80,7 +80,7 @@ class SymmetricMemory:
         if slot is None:
             return self._allocate(nbytes)
         assert slot.unread is not None
-        slot.unread.wait()
+        torch.cuda.current_stream(self.stream.device_index).wait_event(slot.unread)
         slot.in_use, slot.unread = True, None
         return slot
 
@@ -96,12 +96,15 @@ class SymmetricMemory:
             pass
 
     def behind_barrier(self) -> SymmetricMemory:
-        """A context on `stream`: a barrier comes first (see `barrier`), then what the body asks for. Not to be nested."""
+        """A context on `stream`: a barrier comes first (see `barrier`), then what the body asks for. Not to be nested.
+
+        Entered, it gives the stream that was current.
+        """
         return self
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> torch.cuda.Stream:
         # By hand: torch's own context costs a host more than the copies that it is entered for.
-        self._outer = torch.cuda.current_stream()
+        self._outer = torch.cuda.current_stream(self.stream.device_index)
         self.stream.wait_event(self._outer.record_event())
         torch.cuda.set_stream(self.stream)
         self._meet()
@@ -110,6 +113,7 @@ class SymmetricMemory:
             met = self.stream.record_event()
             for slot in read:
                 slot.unread = met
+        return self._outer
 
     def __exit__(self, *_: object) -> None:
         torch.cuda.set_stream(self._outer)

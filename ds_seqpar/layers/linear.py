@@ -199,6 +199,7 @@ class _RowParallel(Function):
         ctx: Any, x: Tensor, up: Tensor | None, act: str | None, weight: Tensor, region: TokenRegion, later: bool
     ) -> Any:
         ctx.region, ctx.act, ctx.shape = region, act, x.shape
+        ctx.set_materialize_grads(False)  # zeros for what was received would be as large as the gradient
         ctx.save_for_backward(x if act or ctx.needs_input_grad[3] else None, up, weight)
         x = x.reshape(region.tokens, -1)
         if act is not None and up is not None:
