@@ -3,7 +3,8 @@
 The only file that imports deepspeed. Beside its documented names it takes load_ds_config and GRADIENT_CLIPPING_DEFAULT from
 their modules, and counts on `initialize` building a DeepSpeedEngine with keyword arguments.
 
-Saves and loads go through its checkpoint_engine.save, its recovery script and its affine maps: tests/checkpoint/test_private_names.py.
+Saves and loads go through its checkpoint_engine.save, its recovery script, its affine maps, and what waits for other ranks in them:
+tests/checkpoint/test_private_names.py.
 
 Private names it relies on, each held by a contract test:
 `groups._init_tp_mesh_device`, `groups._TENSOR_MODEL_PARALLEL_GROUP`, `model.ds_autotp_parsed`, `parameter.tensor_model_parallel`,
@@ -400,9 +401,9 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
         return result
 
     engine.step = step
-    engine.save_checkpoint = _around(save_checkpoint, engine, engine.save_checkpoint)
+    engine.save_checkpoint = _around(save_checkpoint, engine, engine.save_checkpoint, comm=comm)
     engine.load_checkpoint = _around(
-        load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES, write=_write_local
+        load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES, write=_write_local, comm=comm
     )
     engine.save_16bit_model = engine.save_fp16_model = _around(_save_16bit_model, engine, engine.save_16bit_model)
     for call in ("forward", "backward", "step", "save_checkpoint", "load_checkpoint"):

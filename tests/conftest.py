@@ -16,9 +16,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import logging
+from typing import Any
 
 import torch
 
 torch.set_num_threads(1)
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 logging.getLogger("ds_seqpar").setLevel(logging.WARNING)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Tests of kernels start CUDA in this process, after which no ranks can be forked from it: they come last."""
+    items.sort(key=lambda item: "kernels" in item.path.parts)

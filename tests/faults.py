@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -10,10 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.comm import comm
 from exactness import engine_for
 from models import batches, tiny
+from ranks import ON_GPU
 
-__all__ = ["FAULTS", "train"]
+from ds_seqpar.groups import ParallelGroups
+
+__all__ = ["FAULTS", "as_over_nccl", "train"]
 
 KEY = {"tp_size": 2, "timeout_s": 4}
 STEPS, SAVED_AT, STRUCK_AT = 6, 2, 4
@@ -57,17 +62,76 @@ def _strike_in(engine: Any, where: str, fault: Callable[[], None]) -> None:
             fault()
 
         torch.save = struck
+    elif where == "load":
+        plain_load = torch.load
+
+        def struck_after(*args: Any, **kwargs: Any) -> Any:
+            return plain_load(*args, **kwargs), fault()
+
+        torch.load = struck_after
+
+
+class _Aborting:
+    """A handle of a collective whose wait ends the process where it would raise."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def wait(self) -> Any:
+        return _aborting(self.handle.wait)()
+
+
+def _aborting(call: Callable[..., Any]) -> Callable[..., Any]:
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = call(*args, **kwargs)
+        except RuntimeError:
+            os.abort()
+        return _Aborting(result) if hasattr(result, "wait") else result
+
+    return calling
+
+
+def as_over_nccl() -> None:
+    """Lets a collective of DeepSpeed's end this process where gloo raises, as torch's watchdog does over NCCL.
+
+    What ds_seqpar decides on the host has a gloo group of its own, as it has beside NCCL. Nothing is done where NCCL is there.
+    """
+    if ON_GPU:
+        return
+    for name in ("barrier", "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"):
+        setattr(comm.cdb, name, _aborting(getattr(comm.cdb, name)))
+    plain = ParallelGroups.around
+
+    def around(tp_group: Any) -> ParallelGroups:
+        return dataclasses.replace(plain(tp_group), world_cpu_group=dist.new_group(backend="gloo"))
+
+    ParallelGroups.around = around  # type: ignore[method-assign,assignment]
 
 
 def train(
-    folder: str, where: str | None = None, fault: str = "", *, resume: bool = False, stage: int = 1
+    folder: str,
+    where: str | None = None,
+    fault: str = "",
+    *,
+    resume: bool = False,
+    stage: int = 1,
+    aborts: bool = False,
+    **ds: Any,
 ) -> list[float]:
-    """Losses of the steps that this run made. It saves after the second; rank 1 is struck in the fourth, or in a later save."""
+    """Losses of the steps that this run made. It saves after the second; rank 1 is struck in the fourth, or in a later save.
+
+    Or it is struck when it resumes. `aborts`: see as_over_nccl. `ds`: more of DeepSpeed's config.
+    """
+    if aborts:
+        as_over_nccl()
     torch.manual_seed(0)
     model = tiny("llama").train()
-    engine = engine_for(model, torch.optim.AdamW(model.parameters(), lr=1e-2), KEY, stage, 1, 1)
+    engine = engine_for(model, torch.optim.AdamW(model.parameters(), lr=1e-2), KEY, stage, 1, 1, **ds)
     done = 0
     if resume:
+        if where == "load" and dist.get_rank() == 1:
+            _strike_in(engine, where, FAULTS[fault])
         done = int(engine.load_checkpoint(folder)[1]["done"])
     losses = []
     for i, batch in enumerate(batches(STEPS, 1)):

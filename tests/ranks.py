@@ -55,6 +55,11 @@ def run_ranks(
         pytest.skip("needs a GPU: set DS_SEQPAR_TEST_DEVICE=cuda where there is one")
     if ON_GPU and not one_gpu and world > torch.cuda.device_count():
         pytest.skip(f"needs {world} GPUs, this machine has {torch.cuda.device_count()}; on the CPU the test runs")
+    if ON_GPU and torch.cuda.is_initialized():
+        pytest.skip(
+            "an earlier test started CUDA in this process, from which ranks cannot be forked any more: "
+            "run these tests in a pytest process of their own"
+        )
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [

@@ -19,34 +19,44 @@ from torch import Tensor
 
 SECONDS = 60.0
 PLACES = ("forward", "backward", "step", "save")
-UNDISTURBED: dict[int, list[list[float]]] = {}
+UNDISTURBED: dict[tuple[int, int], list[list[float]]] = {}
 
 
-def _undisturbed(tmp_path: Path, stage: int) -> list[list[float]]:
-    if stage not in UNDISTURBED:
-        UNDISTURBED[stage] = run_ranks(2, partial(train, str(tmp_path / "undisturbed"), stage=stage))
-    return UNDISTURBED[stage]
+def _undisturbed(tmp_path: Path, stage: int, world: int = 2, **ds: Any) -> list[list[float]]:
+    if (stage, world) not in UNDISTURBED:
+        folder = str(tmp_path / "undisturbed")
+        UNDISTURBED[stage, world] = run_ranks(world, partial(train, folder, stage=stage, **ds))
+    return UNDISTURBED[stage, world]
 
 
-def _struck(tmp_path: Path, where: str, fault: str, stage: int = 1) -> list[str]:
+def _struck(
+    tmp_path: Path, where: str, fault: str, stage: int = 1, world: int = 2, aborts: bool = False, **ds: Any
+) -> list[str]:
     """What each rank said at the end. Fails if a rank did not end, and if the run does not resume to the same losses."""
-    folder, begun = str(tmp_path / "run"), time.monotonic()
+    folder = str(tmp_path / "run")
+    if where == "load":
+        run_ranks(world, partial(train, folder, stage=stage, **ds))
+    begun = time.monotonic()
     with pytest.raises(RankError) as caught:
-        run_ranks(2, partial(train, folder, where, fault, stage=stage), timeout=SECONDS)
+        run = partial(train, folder, where, fault, resume=where == "load", stage=stage, aborts=aborts, **ds)
+        run_ranks(world, run, timeout=SECONDS)
     assert time.monotonic() - begun < SECONDS
     errors = [str(error) for error in caught.value.errors]
     assert "hang" not in errors, f"a rank did not end: {errors}"
-    expected = _undisturbed(tmp_path, stage)
-    for mine, theirs in zip(run_ranks(2, partial(train, folder, resume=True, stage=stage)), expected, strict=True):
+    expected = _undisturbed(tmp_path, stage, world, **ds)
+    resumed = run_ranks(world, partial(train, folder, resume=True, stage=stage, **ds))
+    for mine, theirs in zip(resumed, expected, strict=True):
         assert 2 <= STEPS - len(mine) <= 5 and mine == theirs[STEPS - len(mine) :]
     return errors
 
 
-def _says_where_to_look(error: str, where: str) -> None:
-    last = [line for line in error.splitlines() if "RankLostError" in line][-1]
-    assert "rank 0 stopped in" in last and "another rank ended, raised an error, or did not arrive within 4 s" in last
+def _says_where_to_look(error: str, where: str, rank: int = 0) -> None:
+    lines = [line for line in error.splitlines() if "RankLostError" in line]
+    assert lines, f"rank {rank} ended without a word of ours: {error}"
+    assert f"rank {rank} stopped in" in lines[-1]
+    assert "another rank ended, raised an error, or did not arrive within 4 s" in lines[-1]
     if where == "forward" and not ON_GPU:  # a GPU is waited for later
-        assert "in forward, step 5" in last
+        assert "in forward, step 5" in lines[-1]
 
 
 @pytest.mark.parametrize("where", ["forward", "save"])
@@ -71,6 +81,33 @@ def test_a_rank_killed_at_another_stage(tmp_path: Path, where: str, stage: int) 
     survivor, killed = _struck(tmp_path, where, "killed", stage)
     assert killed == "exit code -9"
     _says_where_to_look(survivor, where)
+
+
+PERSISTENT = {"zero_optimization": {"stage": 3}}
+"""ZeRO-3 as it is by default: small parameters are gathered at the end of a save or load."""
+
+
+@pytest.mark.parametrize(
+    ("where", "stage", "world", "fault"),
+    [
+        ("save", 1, 2, "killed"),
+        ("save", 3, 4, "killed"),
+        pytest.param("save", 0, 2, "killed", marks=pytest.mark.slow),
+        pytest.param("load", 3, 4, "killed", marks=pytest.mark.slow),
+        pytest.param("save", 1, 2, "stalls", marks=pytest.mark.slow),
+        pytest.param("save", 3, 4, "stalls", marks=pytest.mark.slow),
+        pytest.param("load", 3, 4, "stalls", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_is_lost_where_a_wait_of_deepspeeds_would_abort(
+    tmp_path: Path, where: str, stage: int, world: int, fault: str
+) -> None:
+    """Over NCCL, torch's watchdog ends the process of whoever waits in DeepSpeed's own save; ours must notice before."""
+    errors = _struck(tmp_path, where, fault, stage, world, aborts=True, **(PERSISTENT if stage == 3 else {}))
+    for rank, error in enumerate(errors):
+        if rank != 1:
+            _says_where_to_look(error, where, rank)
+            assert f"stopped in {where}_checkpoint" in error
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ Everything here travels over a gloo group, so that it works while a GPU's queue 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -43,16 +43,34 @@ def _missing(report: str) -> str:
 
 
 @contextmanager
-def agreed(what: str, group: ProcessGroup | None) -> Iterator[None]:
-    """Runs a body that does not communicate; if it raises on any rank, every rank raises CheckpointError with the reason."""
+def agreed(what: str, group: ProcessGroup | None) -> Iterator[Callable[[], None]]:
+    """Runs a body that does not communicate; if it raises on any rank, every rank raises CheckpointError with the reason.
+
+    Where the ranks must wait for each other in the body, they call what it is given, equally often on every rank: it raises too.
+    """
+    told = False
+
+    def wait() -> None:
+        nonlocal told
+        try:
+            _raise_of_any(what, everyones(None, group), None)
+        except CheckpointError:
+            told = True
+            raise
+
     error: str | None = None
     cause: Exception | None = None
     try:
-        yield
+        yield wait
     except Exception as problem:
+        if told:  # a second exchange would find nobody
+            raise
         cause = problem
         error = str(problem) if isinstance(problem, SeqParError) else f"{type(problem).__name__}: {problem}"
-    errors = everyones(error, group)
+    _raise_of_any(what, everyones(error, group), cause)
+
+
+def _raise_of_any(what: str, errors: Sequence[str | None], cause: Exception | None) -> None:
     found: dict[str, list[int]] = {}
     for rank, text in enumerate(errors):
         if text is not None:

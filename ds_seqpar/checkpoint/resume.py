@@ -15,6 +15,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .files import writing
 from .manifest import CONFIG_FOLDER, IDENTITY_KEY, MANIFEST
 from .rendezvous import agreed, everyones, from_first_rank, meet
 from .restoring import count_steps_again, restore_frozen, restore_optimizer
+from .waiting import after, waiting_over_gloo
 from .writing import removed_if_refused
 
 __all__ = ["load_checkpoint", "recover", "safe_reading", "save_checkpoint", "surviving"]
@@ -48,8 +50,10 @@ def save_checkpoint(
     client_state: dict[str, Any] | None = None,
     save_latest: bool = True,
     exclude_frozen_parameters: bool = False,
+    *,
+    comm: Any,
 ) -> bool:
-    """DeepSpeed's `save_checkpoint` (`plain`), made whole or not at all. Call it on all ranks.
+    """DeepSpeed's `save_checkpoint` (`plain`), made whole or not at all. Call it on all ranks. `comm` is deepspeed.comm.
 
     Beside DeepSpeed's files it keeps every rank's random states (torch, the current GPU's, Python's, NumPy's) and a manifest.
 
@@ -75,8 +79,8 @@ def save_checkpoint(
     identity = _identity(engine) | {"save_id": from_first_rank(uuid.uuid4().hex, group)}
     written: list[Path] = []
     with removed_if_refused(aside):
-        with agreed(what, group):
-            with _recorded(engine, written) as problems:
+        with agreed(what, group) as wait:
+            with _recorded(engine, written) as problems, waiting_over_gloo(engine, comm, wait):
                 plain(
                     str(Path(save_dir).resolve()),
                     tag=str(Path(target.relative_to(Path(save_dir).resolve())).with_name(aside.name)),
@@ -117,8 +121,9 @@ def load_checkpoint(
     *,
     safe_classes: Sequence[Any] = (),
     write: Callable[[nn.Parameter, Tensor], None],
+    comm: Any,
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """DeepSpeed's `load_checkpoint` (`plain`) of a checkpoint that fits this run. Call it on all ranks.
+    """DeepSpeed's `load_checkpoint` (`plain`) of a checkpoint that fits this run. Call it on all ranks. `comm` is deepspeed.comm.
 
     Restores the random states too, unless the module alone is loaded. As DeepSpeed's, it returns (None, None) where `load_dir`
     has no `latest` and no tag is given.
@@ -139,7 +144,7 @@ def load_checkpoint(
     )
     if engine.load_universal_checkpoint():
         with safe_reading(safe_classes):
-            return _load_universal(engine, plain, Path(load_dir).resolve(), tag, options, write)
+            return _load_universal(engine, plain, Path(load_dir).resolve(), tag, options, write, comm)
     found: Any = None
     what = f"no checkpoint was loaded from {load_dir}"
     with agreed(what, group):
@@ -160,7 +165,7 @@ def load_checkpoint(
         whole = load_optimizer_states and not load_module_only
         manifests.require_same_layout(folder, saved, here, optimizer=whole)
         manifests.require_files(folder, saved, _coordinates(state))
-    with safe_reading(safe_classes):
+    with safe_reading(safe_classes), waiting_over_gloo(engine, comm, partial(everyones, None, group)):
         path, client_state = plain(str(folder.parent), tag=folder.name, **options)
     state.generation += 1
     (client_state or {}).pop(IDENTITY_KEY, None)
@@ -173,7 +178,7 @@ def load_checkpoint(
 
 def _load_universal(
     engine: Any, plain: Plain, load_dir: Path, tag: str | None, options: dict[str, Any],
-    write: Callable[[nn.Parameter, Tensor], None],
+    write: Callable[[nn.Parameter, Tensor], None], comm: Any,
 ) -> tuple[str | None, dict[str, Any] | None]:  # fmt: skip
     """Weights, optimizer, schedule and counters of a run of any size and ZeRO stage; random states stay this run's."""
     state: ShardingState = require_model(engine.module).seqpar
@@ -199,13 +204,14 @@ def _load_universal(
             if whole:
                 universal.require_groups(folder, len(engine.optimizer.param_groups))
     folder = from_first_rank(folder, group)
-    with _without_optimizer(engine, options) if stage == 0 else nullcontext():
+    wait = partial(everyones, None, group)
+    with _without_optimizer(engine, options) if stage == 0 else nullcontext(), waiting_over_gloo(engine, comm, wait):
         path, client_state = plain(str(folder.parent), tag=folder.name, **options)
     if stage == 0:
         restore_optimizer(engine, folder, state)
     elif stage == 3 and whole:
         universal.repair_optimizer(engine.optimizer.optimizer, folder)
-    lost = restore_frozen(frozen, folder, state, write)
+    lost = restore_frozen(frozen, folder, state, after(wait, write) if stage == 3 else write)
     if lost and dist.get_rank() == 0:
         logging.getLogger("ds_seqpar").warning(
             "%s was saved with exclude_frozen_parameters: %d frozen parameters keep the values they have (%s, ...)",

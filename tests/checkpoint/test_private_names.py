@@ -11,9 +11,12 @@ import pytest
 import torch
 from deepspeed.checkpoint import constants, universal_checkpoint
 from deepspeed.checkpoint.affine import AFFINE_MAP_FORMAT_VERSION
+from deepspeed.comm import comm
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from ranks import run_ranks
+from training import engine_at
 from transformers import PreTrainedModel, core_model_loading
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -25,6 +28,45 @@ def test_deepspeed_saves_through_one_writer_and_copies_one_script() -> None:
     assert "self.checkpoint_engine.save(" in save and "self._copy_recovery_script(" in save
     assert "self.checkpoint_engine.save(" in inspect.getsource(deepspeed.DeepSpeedEngine._save_checkpoint)
     assert "UNIVERSAL_CHECKPOINT_INFO" in inspect.getsource(deepspeed.DeepSpeedEngine._save_checkpoint)
+
+
+def test_deepspeed_waits_in_a_save_or_load_by_the_names_that_are_replaced() -> None:
+    save = inspect.getsource(deepspeed.DeepSpeedEngine.save_checkpoint)
+    assert "dist.barrier()" in save and vars(inspect.getmodule(deepspeed.DeepSpeedEngine))["dist"] is deepspeed.comm
+    assert "self._checkpoint_tag_validation(tag)" in save and "self.optimizer.checkpoint_event_epilogue()" in save
+    assert list(inspect.signature(deepspeed.DeepSpeedEngine._checkpoint_tag_validation).parameters) == ["self", "tag"]
+    load = inspect.getsource(deepspeed.DeepSpeedEngine.load_checkpoint)
+    assert "self.optimizer.checkpoint_event_epilogue()" in load and "self.optimizer.update_lp_params()" in load
+    assert "self.load_module_state_dict(" in inspect.getsource(deepspeed.DeepSpeedEngine._load_checkpoint)
+
+
+def _collectives_of_a_save_and_a_load(folder: str, stage: int) -> list[str]:
+    """What DeepSpeed asks of its own groups in both, on two tensor-parallel groups."""
+    engine, backend, asked = engine_at("llama", 2, stage, zero_optimization={"stage": stage}), comm.cdb, []
+    for name in (
+        "barrier",
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_to_all_single",
+        "broadcast",
+        "recv",
+    ):
+        plain = getattr(backend, name)
+        setattr(backend, name, lambda *a, name=name, plain=plain, **k: (asked.append(name), plain(*a, **k))[1])
+    engine.save_checkpoint(folder)
+    engine.load_checkpoint(folder)
+    plain_barrier = deepspeed.comm.barrier
+    plain_barrier()
+    assert asked.pop() == "barrier", "what was replaced is not back"
+    return sorted(set(asked))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_waits_in_no_other_collective_in_a_save_or_load(tmp_path: Path, stage: int) -> None:
+    """But for ZeRO-3's gathers, before which all ranks meet."""
+    for asked in run_ranks(4, _collectives_of_a_save_and_a_load, str(tmp_path), stage):
+        assert asked == (["all_gather_into_tensor"] if stage == 3 else []), "DeepSpeed waits where nothing bounds it"
 
 
 def test_deepspeed_reads_affine_maps() -> None:

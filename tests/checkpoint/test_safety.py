@@ -165,6 +165,7 @@ def _save_with_errors(folder: str) -> list[str]:
             engine.save_checkpoint(folder, tag="bad")
         messages.append(str(caught.value))
         engine.checkpoint_engine.save = plain
+        _out_of_memory_before_a_file(engine, folder, failing)
     Path(folder, "file").write_text("in the way")
     for options in ({"tag": "file/inside"}, {"client_state": {"ds_seqpar": 1}}):
         with pytest.raises(ds_seqpar.CheckpointError) as caught:
@@ -174,6 +175,19 @@ def _save_with_errors(folder: str) -> list[str]:
         engine.save_checkpoint(folder, tag=f"of rank {dist.get_rank()}")
     assert engine.load_checkpoint(folder)[0] is not None, "the good one is the latest"
     return messages
+
+
+def _out_of_memory_before_a_file(engine: Any, folder: str, failing: int) -> None:
+    def full(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if dist.get_rank() == failing:
+        engine.module_state_dict = full
+    began = time.monotonic()
+    with pytest.raises(ds_seqpar.CheckpointError, match=rf"CUDA out of memory \(on rank {failing}\)"):
+        engine.save_checkpoint(folder, tag="bad")
+    assert time.monotonic() - began < 20, "the others waited for a rank that had said why"
+    vars(engine).pop("module_state_dict", None)
 
 
 def test_errors_surface_on_every_rank_and_leave_what_was_there(tmp_path: Path) -> None:

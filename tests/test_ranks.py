@@ -1,0 +1,27 @@
+"""Ranks are forked, so no test that starts CUDA in pytest's own process may come before one that starts ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import pytest
+import ranks
+import torch
+
+
+def test_ranks_are_not_forked_from_a_process_that_started_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "ON_GPU", True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(pytest.skip.Exception, match="in a pytest process of their own"):
+        ranks.run_ranks(2, list)
+
+
+def test_tests_of_kernels_come_last() -> None:
+    items = [
+        SimpleNamespace(path=Path("tests", name)) for name in ("kernels/a.py", "comm/b.py", "kernels/c.py", "d.py")
+    ]
+    conftest.pytest_collection_modifyitems(items)
+    assert [item.path.name for item in items] == ["b.py", "d.py", "a.py", "c.py"]
