@@ -43,6 +43,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tp", type=int, nargs="+", help=text)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--steps", type=int, default=5, help="timed steps of a case, after two to warm up (%(default)s)"
+    )
+    parser.add_argument(
         "--limit", type=float, default=120.0, help="seconds a case may take, its start included (%(default)s)"
     )
     parser.add_argument(
@@ -97,7 +100,7 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Any]]:
     return result
 
 
-def run_cases(cases: list[Any], spool: Path) -> None:
+def run_cases(cases: list[Any], spool: Path, steps: int) -> None:
     """On a rank: the cases one after another; rank 0 writes a line when one starts and its row when it is done."""
     import deepspeed
     import torch
@@ -129,7 +132,7 @@ def run_cases(cases: list[Any], spool: Path) -> None:
         with attention_kernel(case.attention):
             workload = ARMS[case.arm].build(case)
             built = time.monotonic()
-            row = measure(workload, case, tokens_of(case, device))
+            row = measure(workload, case, tokens_of(case, device), steps)
         row["build_s"], row["run_s"] = built - begin, time.monotonic() - built
         write({"done": i, "row": {**row, **facts}})
         if i + 1 < len(cases):
@@ -175,7 +178,7 @@ def run_arm(name: str, cases: list[Any], args: argparse.Namespace) -> Iterator[d
         world = 1 if arm.one_rank else args.ranks
         spool = args.out / "logs" / f"{name}.spool"
         spool.unlink(missing_ok=True)
-        ranks = Ranks(world, run_cases, left, spool, log=log, environment=dict(arm.environment))
+        ranks = Ranks(world, run_cases, left, spool, args.steps, log=log, environment=dict(arm.environment))
         done, timed_out = 0, False
         since = time.monotonic()
         while ranks.alive() and not ranks.failed() and not timed_out:

@@ -345,10 +345,20 @@ def local_stand_ins() -> Iterator[Counter[tuple[str, int, int]]]:
         """A peer's memory is this rank's own: a copy that stays on the GPU, on the same stream."""
         own = slot.handle.rank
         if rank != own:
-            calls["peer copy", 1, math.prod(shape) * dtype.itemsize] += 1
+            made["peer copy", 1, math.prod(shape) * dtype.itemsize] += 1
         return plain_of(slot, own, shape, dtype, offset)
 
-    plain_of, plain_meet = symmetric.Slot.of, symmetric.SymmetricMemory._meet
+    def kept(slot: Any, key: Any, make: Any) -> Any:
+        """The stand-ins' own views; each use of them copies what it copied when they were made."""
+        made.clear()
+        views = plain_kept(slot, ("stand-in", *key), make)
+        calls.update(copies.setdefault((id(slot), key), Counter(made)))
+        return views
+
+    made: Counter[tuple[str, int, int]] = Counter()
+    copies: dict[Any, Counter[tuple[str, int, int]]] = {}
+    plain_of, plain_kept, plain_meet = symmetric.Slot.of, symmetric.Slot.kept, symmetric.SymmetricMemory._meet
+    symmetric.Slot.kept = kept  # type: ignore[method-assign, assignment]
     symmetric.Slot.of = of  # type: ignore[method-assign, assignment]
     symmetric.SymmetricMemory._meet = lambda memory: None  # type: ignore[method-assign]
     places = [
@@ -362,7 +372,8 @@ def local_stand_ins() -> Iterator[Counter[tuple[str, int, int]]]:
     try:
         yield calls
     finally:
-        symmetric.Slot.of, symmetric.SymmetricMemory._meet = plain_of, plain_meet  # type: ignore[method-assign]
+        symmetric.Slot.of, symmetric.Slot.kept = plain_of, plain_kept  # type: ignore[method-assign]
+        symmetric.SymmetricMemory._meet = plain_meet  # type: ignore[method-assign]
         for holder, name, value in places:
             setattr(holder, name, value)
 

@@ -61,8 +61,8 @@ def _allocated(device: torch.device) -> float:
     return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
 
 
-def measure(workload: Workload, case: Case, tokens: Tensor) -> dict[str, Any]:
-    """Two steps to warm up, whose losses are kept and of which the second gives the memory; then five timed steps.
+def measure(workload: Workload, case: Case, tokens: Tensor, timed_steps: int = TIMED_STEPS) -> dict[str, Any]:
+    """Two steps to warm up, whose losses are kept and of which the second gives the memory; then `timed_steps`.
 
     Times in ms, the slowest rank's medians; memory in GiB, the largest rank's:
         static  what is allocated after a backward: weights, gradients, optimizer, buffers that stay
@@ -94,7 +94,7 @@ def measure(workload: Workload, case: Case, tokens: Tensor) -> dict[str, Any]:
         dist.barrier()
     if on_gpu:
         torch.cuda.synchronize(device)
-    for _ in range(TIMED_STEPS):
+    for _ in range(timed_steps):
         clock.mark()
         loss = workload.forward(tokens)
         clock.mark()
@@ -107,7 +107,7 @@ def measure(workload: Workload, case: Case, tokens: Tensor) -> dict[str, Any]:
         torch.cuda.synchronize(device)
         free, total = torch.cuda.mem_get_info(device)
         memory["outside_gib"] = (total - free - torch.cuda.memory_reserved(device)) / GIB
-    starts = [4 * step for step in range(TIMED_STEPS)]
+    starts = [4 * step for step in range(timed_steps)]
     times = {
         "forward_ms": _median([clock.milliseconds(i, i + 1) for i in starts]),
         "fwd_bwd_ms": _median([clock.milliseconds(i, i + 2) for i in starts]),

@@ -11,9 +11,10 @@ Legend: T tokens, t group size, c = ceil(T/t) rows a rank.
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from torch.distributed import ProcessGroup
 
 from ..kernels.addition import sum_into
 from .collectives import Pending, all_gather, all_gather_async, reduce_scatter, reduce_scatter_async
-from .symmetric import SymmetricMemory
+from .symmetric import Slot, SymmetricMemory
 from .tokens import rows_per_rank
 
 __all__ = ["Exchange", "Gathering", "Scattering", "Transport"]
@@ -228,48 +229,103 @@ class _CopyEngines:
         return _ScatteringByRank(self, tokens, width, like)
 
 
+Rows = tuple[slice, Tensor]
+
+
+@dataclass
+class _GatheringViews:
+    """Of one slot: where this rank writes its rows, (where to, where from) of every peer's rows, the same without dead rows."""
+
+    mine: Tensor
+    copies: list[tuple[Tensor, Tensor]]
+    own: Rows | None
+    peers: list[Rows | None]
+    whole: Tensor
+
+    @classmethod
+    def of(
+        cls, slot: Slot, by: _CopyEngines, shape: tuple[int, ...], dtype: torch.dtype, tokens: int
+    ) -> _GatheringViews:
+        nbytes = math.prod(shape) * dtype.itemsize
+        row = nbytes // shape[0]
+
+        def live(rank: int) -> Rows | None:
+            rows = by.rows_of(rank, tokens)
+            return (rows, read(rows)) if rows.stop > rows.start else None
+
+        def read(rows: slice) -> Tensor:
+            return slot.of(by.rank, (rows.stop - rows.start, *shape[1:]), dtype, rows.start * row)
+
+        return cls(
+            slot.of(by.rank, shape, dtype, by.rank * nbytes),
+            [(slot.of(by.rank, shape, dtype, p * nbytes), slot.of(p, shape, dtype, p * nbytes)) for p in by.peers],
+            live(by.rank),
+            [live(peer) for peer in by.peers],
+            read(slice(0, tokens)),
+        )
+
+
 class _GatheringByRank:
     """Gathers into the slot that the peers read this rank's rows from."""
 
     def __init__(self, by: _CopyEngines, like: Tensor, make: Callable[[Tensor], object], tokens: int) -> None:
-        self._by, self._tokens = by, tokens
-        shape, dtype, nbytes = tuple(like.shape), like.dtype, like.nbytes
-        self._rest, self._dtype, self._row = shape[1:], dtype, nbytes // shape[0]
-        self._slot = slot = by.memory.take(by.size * nbytes)
-        make(slot.of(by.rank, shape, dtype, by.rank * nbytes))
+        shape, dtype = tuple(like.shape), like.dtype
+        self._memory = memory = by.memory
+        self._slot = slot = memory.take(by.size * like.nbytes)
+        key = ("gathering", shape, dtype, tokens)
+        self._views = views = slot.kept(key, lambda: _GatheringViews.of(slot, by, shape, dtype, tokens))
+        make(views.mine)
         self._arrived = []
-        with by.memory.behind_barrier() as self._current:
-            for peer in by.peers:
-                at = peer * nbytes
-                slot.of(by.rank, shape, dtype, at).copy_(slot.of(peer, shape, dtype, at))
-                self._arrived.append((peer, by.stream.record_event()))
+        with memory.behind_barrier() as self._current:
+            for to, source in views.copies:
+                to.copy_(source)
+                self._arrived.append(memory.stream.record_event())
 
-    def _rows(self, rows: slice) -> Tensor:
-        shape = (rows.stop - rows.start, *self._rest)
-        return self._slot.of(self._by.rank, shape, self._dtype, rows.start * self._row)
-
-    def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
-        by = self._by
-        own = by.rows_of(by.rank, self._tokens)
-        if own.stop > own.start:
-            yield own, self._rows(own)
-        while self._arrived:
-            peer, event = self._arrived.pop(0)
-            self._current.wait_event(event)
-            rows = by.rows_of(peer, self._tokens)
-            if rows.stop > rows.start:
-                yield rows, self._rows(rows)
+    def arrivals(self) -> Iterator[Rows]:
+        if self._views.own is not None:
+            yield self._views.own
+        for i, rows in enumerate(self._views.peers):
+            self._current.wait_event(self._arrived[i])
+            if rows is not None:
+                yield rows
+        self._arrived.clear()
 
     def whole(self) -> Tensor:
-        for _, event in self._arrived:
-            self._current.wait_event(event)
-        self._arrived.clear()
-        return self._rows(slice(0, self._tokens))
+        if self._arrived:
+            self._current.wait_event(self._arrived[-1])  # one stream reads them all, in order
+            self._arrived.clear()
+        return self._views.whole
 
     def release(self) -> None:
         self.whole()
-        self._by.memory.give_back(self._slot)
-        del self._slot
+        self._memory.give_back(self._slot)
+        del self._slot, self._views
+
+
+@dataclass
+class _ScatteringViews:
+    """Of one slot: what this rank makes for its peers, in their order; rows past T in it; where the peers keep what is for it."""
+
+    parts: list[Rows]
+    dead: list[Tensor]
+    sources: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, slot: Slot, by: _CopyEngines, shape: tuple[int, int], dtype: torch.dtype, tokens: int
+    ) -> _ScatteringViews:
+        part = math.prod(shape) * dtype.itemsize
+        views = cls([], [], [])
+        for i, peer in enumerate(by.peers):
+            rows, kept = by.rows_of(peer, tokens), slot.of(by.rank, shape, dtype, i * part)
+            live = rows.stop - rows.start
+            if live < shape[0]:
+                views.dead.append(kept[live:])
+            if live:
+                views.parts.append((rows, slot.of(by.rank, (live, shape[1]), dtype, i * part)))
+            # A rank keeps what it made for others in the order of its own peers.
+            views.sources.append(slot.of(peer, shape, dtype, part * ((by.rank - peer) % by.size - 1)))
+        return views
 
 
 class _ScatteringByRank:
@@ -277,27 +333,27 @@ class _ScatteringByRank:
         self._by, self._tokens, self._like = by, tokens, like
         self._shape = (rows_per_rank(tokens, by.size), width)
 
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        by, (rows, width), like = self._by, self._shape, self._like
-        dtype, part = like.dtype, rows * width * like.element_size()
-        self._slot = slot = by.memory.take(part * (by.size - 1))
-        for i, peer in enumerate(by.peers):  # where a rank keeps what it made for others: in the order of its peers
-            yield from self._part(peer, partial(slot.of, by.rank, dtype=dtype, offset=i * part))
-        self._received = received = like.new_empty((by.size - 1, rows, width))
-        with by.memory.behind_barrier() as self._current:
-            for i, peer in enumerate(by.peers):
-                received[i].copy_(slot.of(peer, self._shape, dtype, part * ((by.rank - peer) % by.size - 1)))
-            self._done = by.stream.record_event()
-        self._own = own = like.new_empty(self._shape)
-        yield from self._part(by.rank, lambda shape: own if shape == self._shape else own[: shape[0]])
-
-    def _part(self, rank: int, memory: Callable[[tuple[int, int]], Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        rows = self._by.rows_of(rank, self._tokens)
+    def parts(self) -> Iterator[Rows]:
+        by, shape, like, tokens = self._by, self._shape, self._like, self._tokens
+        memory, dtype = by.memory, like.dtype
+        self._slot = slot = memory.take(math.prod(shape) * dtype.itemsize * (by.size - 1))
+        key = ("scattering", shape, dtype, tokens)
+        views = slot.kept(key, lambda: _ScatteringViews.of(slot, by, shape, dtype, tokens))
+        for dead in views.dead:
+            dead.zero_()
+        yield from views.parts
+        self._received = received = like.new_empty((by.size - 1, *shape))
+        with memory.behind_barrier() as self._current:
+            for to, source in zip(received.unbind(0), views.sources, strict=True):
+                to.copy_(source)
+            self._done = memory.stream.record_event()
+        self._own = own = like.new_empty(shape)
+        rows = by.rows_of(by.rank, tokens)
         live = rows.stop - rows.start
-        if live < self._shape[0]:
-            memory(self._shape)[live:].zero_()
+        if live < shape[0]:
+            own[live:].zero_()
         if live:
-            yield rows, memory((live, self._shape[1]))
+            yield rows, own if live == shape[0] else own[:live]
 
     def addends(self) -> tuple[Tensor, Tensor | None]:
         self._current.wait_event(self._done)

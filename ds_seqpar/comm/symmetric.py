@@ -9,7 +9,8 @@ and the next use waits for it. All ranks make the same calls in the same order, 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ __all__ = ["ENOUGH_SLOTS", "GRAIN", "Slot", "SymmetricMemory"]
 
 ENOUGH_SLOTS = 3  # with these a backward pass never waits for a barrier of its own to reuse one
 GRAIN = 2 << 20  # bytes; allocations of this memory come in such pages anyway
-_MOST_VIEWS = 512
+_MOST_KEPT = 64
+
+T = TypeVar("T")
 
 
 class Slot:
@@ -33,17 +36,20 @@ class Slot:
         self.nbytes = memory.nbytes
         self.in_use = True
         self.unread: torch.cuda.Event | None = None
-        self._views: dict[tuple[Any, ...], Tensor] = {}
+        self._kept: dict[tuple[Any, ...], Any] = {}
 
     def of(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> Tensor:
-        """A tensor in `rank`'s copy of the slot, `offset` bytes from its start; kept, since every step asks for the same ones."""
-        key = (rank, shape, dtype, offset)
-        view = self._views.get(key)
-        if view is None:
-            if len(self._views) >= _MOST_VIEWS:  # batches of ever new lengths
-                self._views.clear()
-            view = self._views[key] = self.handle.get_buffer(rank, tuple(shape), dtype, offset // dtype.itemsize)
-        return view
+        """A tensor in `rank`'s copy of the slot, `offset` bytes from its start."""
+        return self.handle.get_buffer(rank, tuple(shape), dtype, offset // dtype.itemsize)  # type: ignore[no-any-return]
+
+    def kept(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What `make` gives, made once for each `key`: every step asks for the same tensors."""
+        found = self._kept.get(key)
+        if found is None:
+            if len(self._kept) >= _MOST_KEPT:  # batches of ever new lengths
+                self._kept.clear()
+            found = self._kept[key] = make()
+        return found
 
 
 class SymmetricMemory:
@@ -63,7 +69,7 @@ class SymmetricMemory:
         self._group = group
         self._slots: list[Slot] = []  # the one given back longest ago comes first
         self.stream = torch.cuda.Stream(priority=-1)  # a barrier is placed before the next tiles of a product
-        self._outer = self.stream
+        self._outer: torch.cuda.Stream | None = None  # what was current when `stream` was last entered
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +86,7 @@ class SymmetricMemory:
         if slot is None:
             return self._allocate(nbytes)
         assert slot.unread is not None
-        torch.cuda.current_stream(self.stream.device_index).wait_event(slot.unread)
+        self._current().wait_event(slot.unread)
         slot.in_use, slot.unread = True, None
         return slot
 
@@ -89,6 +95,13 @@ class SymmetricMemory:
         slot.in_use = False
         self._slots.remove(slot)
         self._slots.append(slot)
+
+    def _current(self) -> torch.cuda.Stream:
+        """The current stream. The same object each time: to make one takes as long as to launch a kernel."""
+        identity = torch._C._cuda_getCurrentStream(self.stream.device_index)
+        if self._outer is None or identity[0] != self._outer.stream_id:
+            self._outer = torch.cuda.current_stream(self.stream.device_index)
+        return self._outer
 
     def barrier(self) -> None:
         """Orders what every rank's current stream holds so far ahead of what follows on any rank's `stream`."""
@@ -104,18 +117,19 @@ class SymmetricMemory:
 
     def __enter__(self) -> torch.cuda.Stream:
         # By hand: torch's own context costs a host more than the copies that it is entered for.
-        self._outer = torch.cuda.current_stream(self.stream.device_index)
-        self.stream.wait_event(self._outer.record_event())
+        self._outer = outer = self._current()
+        self.stream.wait_event(outer.record_event())
         torch.cuda.set_stream(self.stream)
         self._meet()
-        read = [slot for slot in self._slots if not slot.in_use and slot.unread is None]
-        if read:
-            met = self.stream.record_event()
-            for slot in read:
+        met = None
+        for slot in self._slots:
+            if not slot.in_use and slot.unread is None:
+                met = met or self.stream.record_event()
                 slot.unread = met
-        return self._outer
+        return outer
 
     def __exit__(self, *_: object) -> None:
+        assert self._outer is not None
         torch.cuda.set_stream(self._outer)
 
     @functools.cached_property

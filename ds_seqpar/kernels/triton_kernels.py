@@ -7,6 +7,7 @@ All arithmetic is fp32; results have the inputs' dtype. Legend as in the modules
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -243,9 +244,9 @@ def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """See gating.gated."""
     gate, up = _rows(gate), _rows(up)
     out = gate.new_empty(gate.shape)
-    grid = (gate.shape[0], triton.cdiv(gate.shape[1], 1024))
+    grid = (gate.shape[0], _ceil(gate.shape[1], 1024))
     if out.numel():
-        _launch(_gated, grid, gate, up, out, gate.stride(0), up.stride(0), gate.shape[1], ACT=act, BLOCK=1024)
+        _launch(_gated, grid, (gate, up, out), (gate.stride(0), up.stride(0), gate.shape[1]), ACT=act, BLOCK=1024)
     return out
 
 
@@ -254,10 +255,10 @@ def gated_backward(dproduct: Tensor, gate: Tensor, up: Tensor, act: str) -> tupl
     dproduct, gate, up = dproduct.contiguous(), _rows(gate), _rows(up)
     # Side by side, so that what made gate and up together takes their gradients together.
     dgate, dup = parted(gate.new_empty((gate.shape[0], 2 * gate.shape[1])), [gate.shape[1]] * 2)
-    grid = (gate.shape[0], triton.cdiv(gate.shape[1], 1024))
+    grid = (gate.shape[0], _ceil(gate.shape[1], 1024))
     if dgate.numel():
         strides = (gate.stride(0), up.stride(0), gate.shape[1])
-        _launch(_gated_backward, grid, dproduct, gate, up, dgate, dup, *strides, ACT=act, BLOCK=1024)
+        _launch(_gated_backward, grid, (dproduct, gate, up, dgate, dup), strides, ACT=act, BLOCK=1024)
     return dgate, dup, dproduct
 
 
@@ -269,12 +270,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         out = x.new_empty(x.shape)
     cos, sin = _rows(cos), _rows(sin)
     one = [0 if table.shape[0] == 1 else table.stride(0) for table in (cos, sin)]
-    half, at_once = width // 2, min(8, triton.next_power_of_2(heads))
+    half, at_once = width // 2, min(8, _power_of_2(heads))
     if out.numel():
         _launch(
-            _rotate, (batch * seq, triton.cdiv(heads, at_once)), x, out, cos, sin, heads, seq,
-            *x.stride()[:3], *out.stride()[:3], one[0], cos.stride(1), one[1], sin.stride(1),
-            HALF=half, PADDED=triton.next_power_of_2(half), HEADS=at_once, INVERSE=inverse,
+            _rotate, (batch * seq, _ceil(heads, at_once)), (x, out, cos, sin),
+            (heads, seq, *x.stride()[:3], *out.stride()[:3], one[0], cos.stride(1), one[1], sin.stride(1)),
+            HALF=half, PADDED=_power_of_2(half), HEADS=at_once, INVERSE=inverse,
         )  # fmt: skip
     return out
 
@@ -284,7 +285,9 @@ def cross_entropy_statistics(logits: Tensor, local_targets: Tensor) -> Tensor:
     logits = _rows(logits)
     rows, width = logits.shape
     out = logits.new_empty((3, rows), dtype=torch.float32)
-    _launch(_statistics, (rows,), logits, local_targets, out, rows, logits.stride(0), width, BLOCK=4096, num_warps=8)
+    _launch(
+        _statistics, (rows,), (logits, local_targets, out), (rows, logits.stride(0), width), BLOCK=4096, num_warps=8
+    )
     return out
 
 
@@ -294,7 +297,7 @@ def cross_entropy_combined(everyones: Tensor, targets: Tensor, ignore_index: int
     losses, log_sums, counts = (everyones.new_empty(rows) for _ in range(3))
     if rows:
         _launch(
-            _combined, (triton.cdiv(rows, 256),), everyones.contiguous(), targets, losses, log_sums, counts, rows, ignore_index,
+            _combined, (_ceil(rows, 256),), (everyones.contiguous(), targets, losses, log_sums, counts), (rows, ignore_index),
             RANKS=ranks, BLOCK=256,
         )  # fmt: skip
     return losses, log_sums, counts
@@ -304,8 +307,9 @@ def cross_entropy_gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tens
     """See cross_entropy.gradient_."""
     assert logits.stride(-1) == 1
     rows, width = logits.shape
-    grid = (rows, triton.cdiv(width, 4096))
-    _launch(_gradient, grid, logits, local_targets, log_sum, scale, logits.stride(0), width, BLOCK=4096, num_warps=8)
+    grid = (rows, _ceil(width, 4096))
+    tensors = (logits, local_targets, log_sum, scale)
+    _launch(_gradient, grid, tensors, (logits.stride(0), width), BLOCK=4096, num_warps=8)
     return logits
 
 
@@ -313,7 +317,7 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """See cross_entropy.scaled."""
     out = torch.empty_like(x, dtype=dtype)
     if out.numel():
-        _launch(_scaled, (triton.cdiv(x.numel(), 4096),), x, factor, out, x.numel(), BLOCK=4096)
+        _launch(_scaled, (_ceil(x.numel(), 4096),), (x, factor, out), (x.numel(),), BLOCK=4096)
     return out
 
 
@@ -323,8 +327,9 @@ def sum_parts(own: Tensor, received: Tensor | None, residual: Tensor | None, out
     if size:
         parts = 0 if received is None else received.shape[0]
         _launch(
-            _sum_parts, (triton.cdiv(size, 2048),), own, own if received is None else received, own if residual is None else residual,
-            out, size, PARTS=parts, RESIDUAL=residual is not None, BLOCK=2048,
+            _sum_parts, (_ceil(size, 2048),),
+            (own, own if received is None else received, own if residual is None else residual, out), (size,),
+            PARTS=parts, RESIDUAL=residual is not None, BLOCK=2048,
         )  # fmt: skip
 
 
@@ -334,8 +339,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     rows = x.numel() // width
     root = x.new_empty(rows, dtype=torch.float32)
     if rows:
-        block = triton.next_power_of_2(width)
-        _launch(_rms_norm, (rows,), x, weight, out, root, width, eps, BLOCK=block, num_warps=_warps(block))
+        block = _power_of_2(width)
+        _launch(_rms_norm, (rows,), (x, weight, out, root), (width, eps), BLOCK=block, num_warps=_warps(block))
     return root
 
 
@@ -345,19 +350,19 @@ def rms_norm_backward(
     """(dx, dweight or None) of `rms_norm`, whose output's gradient is dy and the parts of `more` [p, ...]; all contiguous."""
     width, rows = x.shape[-1], root.numel()
     dx = torch.empty_like(x)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    processors = _processors(x.device.index) if x.is_cuda else 1
     programs = min(rows, _PROGRAMS_A_PROCESSOR * processors)
     parts = x.new_empty((programs, width) if wants_dweight else 0, dtype=torch.float32)
     empty = torch.empty_like if rows else torch.zeros_like
     dweight = empty(weight) if wants_dweight else None
     if rows:
-        block = triton.next_power_of_2(width)
+        block = _power_of_2(width)
         _launch(
-            _rms_norm_backward, (programs,), dy, dy if more is None else more, x, weight, root, dx, parts, rows, width,
+            _rms_norm_backward, (programs,), (dy, dy if more is None else more, x, weight, root, dx, parts), (rows, width),
             PARTS=0 if more is None else more.shape[0], WANTS_DWEIGHT=wants_dweight, BLOCK=block, num_warps=_warps(2 * block),
         )  # fmt: skip
     if rows and dweight is not None:
-        _launch(_column_sums, (triton.cdiv(width, 32),), parts, dweight, programs, width, ROWS=64, COLS=32)
+        _launch(_column_sums, (_ceil(width, 32),), (parts, dweight), (programs, width), ROWS=64, COLS=32)
     return dx, dweight
 
 
@@ -367,35 +372,58 @@ def _warps(block: int) -> int:
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_MOST_COMPILED = 4096
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`kernel[grid](*args, **options)`; constexprs are named, and stand last in the kernel's signature."""
-    device = args[0].device
+def _launch(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor, ...], numbers: tuple[int | float, ...], **options: Any
+) -> None:
+    """`kernel[grid](*tensors, *numbers, **options)`; constexprs are named, and stand last in the kernel's signature."""
+    device = tensors[0].device
     if device.type != "cuda":
-        kernel[grid](*args, **options)
+        kernel[grid](*tensors, *numbers, **options)
     elif torch.cuda.current_device() == device.index:
-        _launch_here(kernel, grid, args, options)
+        _launch_here(kernel, grid, tensors, numbers, options)
     else:
         with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors' device
-            _launch_here(kernel, grid, args, options)
+            _launch_here(kernel, grid, tensors, numbers, options)
 
 
-def _launch_here(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Triton finds out anew at each launch which compiled kernel fits, in a time that a small model's step is made of."""
-    key = (kernel, args[0].device.index, *map(_kind, args), *options.items())
-    known = _compiled.get(key)
-    if known is None:
-        compiled = kernel[grid](*args, **options)
-        if hasattr(compiled, "packed_metadata"):
-            _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
+def _launch_here(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor, ...], numbers: tuple[int | float, ...], options: Any
+) -> None:
+    """Triton finds out anew at each launch which compiled kernel fits: longer than some of these kernels run."""
+    index, pointers = tensors[0].device.index, 0
+    key: list[Any] = [id(kernel), index, numbers]
+    for tensor in tensors:
+        pointers |= tensor.data_ptr()
+        key.append(tensor.dtype)
+    key += options.values()
+    known = (
+        _compiled.get(tuple(key)) if pointers % 16 == 0 else None
+    )  # a kernel is compiled for aligned pointers, or not
+    if known is not None:
+        run, function, metadata, constants = known
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *tensors, *numbers, *constants)
         return
-    compiled, constants = known
-    compiled[(*grid, 1, 1)[:3]](*args, *constants)
+    compiled = kernel[grid](*tensors, *numbers, **options)
+    if pointers % 16 == 0 and hasattr(compiled, "packed_metadata"):
+        if len(_compiled) >= _MOST_COMPILED:  # batches of ever new lengths
+            _compiled.clear()
+        constants = [options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]
+        _compiled[tuple(key)] = compiled.run, compiled.function, compiled.packed_metadata, constants
 
 
-def _kind(x: Any) -> Any:
-    """What Triton compiles for, of an argument: a pointer's type and alignment, an integer's width, and whether it is 1 or so aligned."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    return (x == 1, x % 16 == 0, -(2**31) <= x < 2**31) if type(x) is int else type(x)
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _ceil(a: int, b: int) -> int:  # Triton's own are made for use in kernels, and slow
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
