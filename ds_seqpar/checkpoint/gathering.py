@@ -18,18 +18,14 @@ __all__ = ["gather_parameter", "part_of", "whole_of"]
 
 def gather_parameter(local: Tensor, cut: Cut, group: ProcessGroup) -> Tensor:
     """Every rank's part of a parameter -> the whole, on every rank; exact, any dtype. Collective over `group`."""
-    ranks = range(dist.get_world_size(group))
-    sizes = [cut.local_size(rank) for rank in ranks]
-    mine = local.detach().movedim(cut.dim, 0)
-    mine = pad(mine, (0, 0) * (mine.dim() - 1) + (0, max(sizes) - mine.shape[0]))
+    sizes = [cut.local_size(rank) for rank in range(dist.get_world_size(group))]
+    mine, dim = local.detach(), cut.dim % local.dim()
+    if short := max(sizes) - mine.shape[dim]:
+        mine = pad(mine, (0, 0) * (mine.dim() - 1 - dim) + (0, short))
     parts = all_gather(mine.unsqueeze(0), group)
-    whole = local.new_empty((cut.size, *mine.shape[1:]))
-    for rank in ranks:
-        offset = 0
-        for start, stop in cut.ranges[rank]:
-            whole[start:stop] = parts[rank, offset : offset + stop - start]
-            offset += stop - start
-    return whole.movedim(0, cut.dim).contiguous()
+    if dim == 0 and cut.in_order:
+        return parts.flatten(0, 1)
+    return whole_of([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], cut)
 
 
 def part_of(whole: Tensor, cut: Cut, rank: int) -> Tensor:

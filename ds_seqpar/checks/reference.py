@@ -84,6 +84,7 @@ class Reference:
         self.own = {name: self._own_parameters(name) for name in self.layers}
         self.calls: dict[str, int] = dict.fromkeys(self.layers, 0)
         self.depth = 0
+        self.memory = _Memory()
         self._late: list[Callable[[], None]] = []
 
     def _own_parameters(self, layer: str) -> list[nn.Parameter]:
@@ -137,6 +138,26 @@ class Reference:
             return _Call(self, name, forward, record, args, kwargs).run()
 
         return call
+
+
+class _Memory:
+    """Where one layer's weights in a wider dtype lay, the next one's go: untouched memory costs as much as the product that reads it."""
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+    def widened(self, layer: nn.Module, dtype: torch.dtype) -> dict[int, nn.Parameter]:
+        """id of a parameter -> its copy in `dtype`. What fits none of them is let go."""
+        left: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        for memory in self.free:
+            left.setdefault((memory.shape, memory.dtype), []).append(memory)
+        self.free, copies = [], {}
+        for p in layer.parameters():
+            own = dtype if p.is_floating_point() else p.dtype
+            fitting = left.get((p.shape, own))
+            memory = fitting.pop() if fitting else torch.empty(p.shape, dtype=own, device=p.device)
+            copies[id(p)] = nn.Parameter(memory.copy_(p.detach()), p.requires_grad)
+        return copies
 
 
 class _Call:
@@ -234,14 +255,16 @@ class _Call:
         """(output, input gradient, parameter gradients by id of the original, children's outputs) in a wider dtype."""
         children = self.children
         stand_in = vars(layer).pop("forward")
+        copies = self.reference.memory.widened(layer, dtype)
         try:
-            wide = copy.deepcopy(layer).to(dtype)
+            wide = copy.deepcopy(layer, dict(copies)).to(dtype)
         finally:
             layer.forward = stand_in
         output, x, _ = self._through(wide, dtype)
         wide_children, self.children = self.children, children
         pairs = zip(layer.parameters(), wide.parameters(), strict=True)
         grads = {id(p): w.grad for p, w in pairs if w.grad is not None}
+        self.reference.memory.free = [p.data for p in copies.values()]
         return first_tensor(output).detach(), x.grad, grads, wide_children
 
     def _child(self, name: str) -> Callable[..., None]:

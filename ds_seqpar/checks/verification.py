@@ -27,7 +27,7 @@ from ..errors import VerificationError
 from ..layers.blocks import ExpertsBlock, Router
 from ..layers.boundaries import ShardedLayer
 from ..layers.region import ShardingState
-from ..plan.cuts import Kind
+from ..plan.cuts import Cut, Kind
 from ..plan.report import ParameterEntry
 from .comparison import Rounding, checksum
 from .reference import Reference, Skeleton
@@ -317,7 +317,7 @@ class _Comparison:
             return
         exact = theirs if wide is None else wide
         if entry.cut is not None:
-            theirs, exact = part_of(theirs, entry.cut, groups.tp_rank), part_of(exact, entry.cut, groups.tp_rank)
+            theirs, exact = (_held(x, entry.cut, groups.tp_rank) for x in (theirs, exact))
         raw = self.run.raw.get(id(parameter), mine)
         size = _distance(exact)
         lost = 0.0 if wide is None else _distance(theirs, exact)
@@ -369,6 +369,12 @@ def _kind(claimed: str, as_complete: float, as_term: float) -> str:
 
 _KINDS = ((Kind.CUT, False), (Kind.FULL, False), (Kind.PARTIAL, True), (Kind.COPIED_KV, True))
 """(kind, whether a rank's own gradient is a term of a sum)."""
+
+
+def _held(whole: Tensor, cut: Cut, rank: int) -> Tensor:
+    """A rank's part of a whole tensor, in the whole's memory where it is of one piece."""
+    (start, stop), *others = cut.ranges[rank]
+    return part_of(whole, cut, rank) if others else whole.narrow(cut.dim, start, stop - start)
 
 
 def _distance(a: Tensor, b: Tensor | None = None) -> float:

@@ -36,6 +36,14 @@ class Cut:
         return distinct.index(self.ranges[rank]), len(distinct)
 
     @property
+    def in_order(self) -> bool:
+        """True if the parts are of one size and, rank after rank, end to end the whole."""
+        size = self.local_size(0)
+        ends = [0, *(stop for ranges in self.ranges for _, stop in ranges)]
+        starts = [*(start for ranges in self.ranges for start, _ in ranges), self.size]
+        return starts == ends and all(self.local_size(rank) == size for rank in range(len(self.ranges)))
+
+    @property
     def copied(self) -> bool:
         """True if two ranks hold the same part."""
         return len(set(self.ranges)) < len(self.ranges)
