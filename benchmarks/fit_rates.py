@@ -1,10 +1,10 @@
-"""Makes the rates that ds_seqpar ships, from the committed profiles of two H200.
+"""Makes the rates that ds_seqpar ships: the H200's from the committed profiles of two, the H100's from a committed calibration.
 
     python benchmarks/fit_rates.py --out ds_seqpar/planner/rates
 
-Products, attention and elementwise kernels: the counted work of a step over the time of its kernels in profile_8192 and
-profile_32768. Exposed communication: parts. Peer rate: the copies of profile_32768. Optimizer: first_fast_paths, step minus
-forward + backward. None of these files is what tests/planner checks step times against (compare, second_fast_paths).
+Products and attention: the counted work of a step over the time of its kernels in profile_8192 and profile_32768. Exposed
+communication: parts. Peer rate: the copies of profile_32768. Optimizer: first_fast_paths, step minus forward + backward. None of
+these files is what tests/planner checks step times against (compare, second_fast_paths).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from ds_seqpar.config import SeqParConfig
 from ds_seqpar.hf import planned_config
 from ds_seqpar.planner.memory import Zero
 from ds_seqpar.planner.optimizer import step_bytes
-from ds_seqpar.planner.rates import Rates, save_rates, scaled
+from ds_seqpar.planner.rates import Rates, load_rates, save_rates
 from ds_seqpar.planner.step import StepTrace, trace_step
 
 RESULTS = Path(__file__).with_name("results")
 DATE = "2026-11-23_h200x2"
 LAYERS = 8
+TRAFFIC = 2851.0
+"""GB/s of elementwise kernels in those profiles: by the bytes that the layers of that day read and wrote, which today's do not."""
 
 
 def model() -> Any:
@@ -66,9 +69,6 @@ def fit() -> Rates:
     def points(kernel: str, work: str) -> tuple[tuple[int, float], ...]:
         return tuple((t, round(getattr(traces[t].work, work) / times[t][kernel] / 1e9, 1)) for t in sizes)
 
-    traffic = sum(traces[t].work.traffic_bytes for t in sizes) / sum(
-        times[t]["elementwise"] + times[t]["memcpy"] for t in sizes
-    )
     parts = json.loads((RESULTS / f"{DATE}_parts.jsonl").read_text().splitlines()[0])
     steps = [json.loads(line) for line in (RESULTS / f"{DATE}_first_fast_paths.jsonl").read_text().splitlines()]
     optimizer = [row["step_ms"] - row["fwd_bwd_ms"] for row in steps if row["arm"] == "seqpar"]
@@ -80,7 +80,7 @@ def fit() -> Rates:
         gemm_tflops=points("GEMM", "gemm_flops"),
         attention_forward_tflops=points("fprop", "attention_flops"),
         attention_backward_tflops=points("bprop", "attention_backward_flops"),
-        traffic_gb_per_s=round(traffic / 1e6, 1),
+        traffic_gb_per_s=TRAFFIC,
         peer_gb_per_s=round(traces[32768].work.moved_bytes / times[32768]["peer copies"] / 1e6, 1),
         exposed_us_per_transfer=round(1e3 * parts["exposed_ms"] / parts["transfers"], 1),
         optimizer_gb_per_s=round(moved * len(optimizer) / sum(optimizer) / 1e6, 1),
@@ -93,17 +93,15 @@ def main(argv: list[str] | None = None) -> int:
     out = parser.parse_args(argv).out
     h200 = fit()
     save_rates(h200, out / "h200.json")
-    save_rates(h100(h200), out / "h100.json")
+    save_rates(h100(), out / "h100.json")
     print(h200)
     return 0
 
 
-def h100(h200: Rates) -> Rates:
-    """An H100 SXM by NVIDIA's data sheets: the same tensor cores, 3.35 TB/s of memory bandwidth to the H200's 4.8."""
-    source = (
-        "not measured: H200's, memory bandwidth scaled by the data sheets (3.35 to 4.8 TB/s), compute and NVLink alike"
-    )
-    return scaled(h200, "H100", source, compute=1.0, bandwidth=3.35 / 4.8)
+def h100() -> Rates:
+    """An H100 SXM, as `calibrate` measured it."""
+    found = load_rates(str(RESULTS / "2026-11-27_h100x1_calibrate.json"))
+    return replace(found, name="H100", source=f"one H100 SXM: {found.source}")
 
 
 if __name__ == "__main__":

@@ -128,11 +128,20 @@ def test_held_activations_of_experts_and_latent_attention(family: str, key: dict
     _compare(family, 2, key)
 
 
-def rows(*arms: str) -> list[dict[str, Any]]:
+def rows(
+    *arms: str, of: tuple[str, ...] = ("compare", "first_fast_paths", "second_fast_paths")
+) -> list[dict[str, Any]]:
     """Of the committed comparisons on two H200, the successful ones of these arms."""
-    names = ("compare", "first_fast_paths", "second_fast_paths")
-    lines = [line for n in names for line in (RESULTS / f"2026-11-23_h200x2_{n}.jsonl").read_text().splitlines()]
-    found = [json.loads(line) for line in lines]
+    return _rows_of([f"2026-11-23_h200x2_{name}" for name in of], arms)
+
+
+def h100_rows(*arms: str) -> list[dict[str, Any]]:
+    """Of the committed comparisons on two and four H100."""
+    return _rows_of(["2026-11-27_h100x2_compare", "2026-11-27_h100x4_compare"], arms)
+
+
+def _rows_of(names: list[str], arms: tuple[str, ...]) -> list[dict[str, Any]]:
+    found = [json.loads(line) for name in names for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
     return [row for row in found if row["status"] == "ok" and row["arm"] in arms]
 
 
@@ -182,6 +191,25 @@ def test_memory_of_gpu_runs_is_predicted(row: dict[str, Any]) -> None:
     if row["arm"] in ENGINE:  # the loop's optimizer converts a gradient at a time
         assert memory.peak_step / GIB <= row["peak_step_gib"] * 1.05
         assert max(memory.peak + extra * GIB, memory.peak_step) / GIB == pytest.approx(row["peak_step_gib"], rel=0.05)
+
+
+def case_of(row: dict[str, Any]) -> str:
+    """Such as seqpar-8192-none-tp2-dp1-zero1."""
+    return f"{_case(row)}-tp{row['tp']}-dp{row['ranks'] // row['tp']}-zero{row['zero']}"
+
+
+@pytest.mark.parametrize("row", h100_rows("seqpar", "seqpar_loop"), ids=case_of)
+def test_memory_of_two_and_four_gpus_is_predicted(row: dict[str, Any]) -> None:
+    """Up to 131072 tokens, with data-parallel groups, and ZeRO-3, under which a forward leaves gathered weights behind."""
+    trace = trace_of(row["layers"], row["tokens"], row["recompute"], True, row["tp"])
+    stage = row["zero"] if row["arm"] == "seqpar" else 0
+    memory = estimate(trace, Zero(stage=stage), dp_size=row["ranks"] // row["tp"])
+    if stage < 3:
+        assert memory.held_bytes / GIB == pytest.approx(row["held_gib"], rel=0.002)
+    assert memory.static / GIB == pytest.approx(row["static_gib"], rel=0.01)
+    assert memory.peak / GIB == pytest.approx(row["peak_gib"], rel=0.03)
+    if stage:  # the loop's optimizer converts a gradient at a time
+        assert max(memory.peak, memory.peak_step) / GIB == pytest.approx(row["peak_step_gib"], rel=0.03)
 
 
 @pytest.mark.parametrize("row", one_gpu_rows(), ids=_case)
