@@ -297,7 +297,7 @@ def cross_entropy_combined(everyones: Tensor, targets: Tensor, ignore_index: int
     losses, log_sums, counts = (everyones.new_empty(rows) for _ in range(3))
     if rows:
         _launch(
-            _combined, (_ceil(rows, 256),), (everyones.contiguous(), targets, losses, log_sums, counts), (rows, ignore_index),
+            _combined, (_ceil(rows, 256),), (everyones.contiguous(), targets.contiguous(), losses, log_sums, counts), (rows, ignore_index),
             RANKS=ranks, BLOCK=256,
         )  # fmt: skip
     return losses, log_sums, counts
