@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import pytest
 import ranks
 import torch
@@ -23,5 +23,5 @@ def test_tests_of_kernels_come_last() -> None:
     items = [
         SimpleNamespace(path=Path("tests", name)) for name in ("kernels/a.py", "comm/b.py", "kernels/c.py", "d.py")
     ]
-    conftest.pytest_collection_modifyitems(items)
+    runpy.run_path(str(Path(__file__).with_name("conftest.py")))["pytest_collection_modifyitems"](items)
     assert [item.path.name for item in items] == ["b.py", "d.py", "a.py", "c.py"]

@@ -316,6 +316,7 @@ class ShardedModel(_Guarded):
 
     _shards: set[Path] | None = None  # where in the output of the call that is running the shards are
     _sharded: dict[str, nn.Module] | None = None
+    _seen_through: list[tuple[int, list[nn.Module]]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the Hugging Face model; hidden states come back as handles that become real when they are used."""
@@ -324,7 +325,7 @@ class ShardedModel(_Guarded):
         self._refuse_replaced()
         with self._guarded(args, kwargs) as seed:
             self._refuse_attentions(kwargs)
-            watched = frozenset(id(m) for m in (self._sharded or {}).values() if is_watched(m))
+            watched = self._watched()
             region = state.region_for(
                 *self._batch_and_seq(args, kwargs), together=not self._recomputes_reentrantly(), watched=watched
             )
@@ -398,6 +399,23 @@ class ShardedModel(_Guarded):
                     f"the forward of {name or type(module).__name__} was replaced by {source} after the model was sharded; apply "
                     "kernels before deepspeed.initialize (with the HF Trainer: train before the first evaluation)"
                 )
+
+    def _watched(self) -> frozenset[int]:
+        """Ids of the norms before blocks that are watched, and of the blocks in which anything is: an output goes through wrappers."""
+        if self._seen_through is None:
+            modules = (self._sharded or {}).values()
+            self._seen_through = [
+                (id(m), list(m.modules()))
+                for m in modules
+                if isinstance(m, ShardedBlock) or getattr(m, "stands_before_blocks", False)
+            ]
+        # DeepSpeed's ZeRO-3 puts an autograd function in the place of F.linear, for all models of the process and for good.
+        below_python = getattr(torch.nn.functional.linear, "__module__", None) not in (
+            None,
+            "torch._C._nn",
+            "torch.nn.functional",
+        )
+        return frozenset(name for name, modules in self._seen_through if below_python or any(map(is_watched, modules)))
 
     def _with_states(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments, with another stack's output whole for the cross-attentions of all layers.

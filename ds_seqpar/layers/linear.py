@@ -407,7 +407,7 @@ class RowParallelLinear(nn.Linear):
 
 def _may_sum_later(linear: Any, region: TokenRegion, bias: Tensor | None) -> bool:
     """Whether nobody but the layer's own code sees the output, which adds it to its residual."""
-    return linear.seqpar.sums_rows_later and region.cut and bias is None and id(linear) not in region.watched
+    return linear.seqpar.sums_rows_later and region.cut and bias is None
 
 
 class VocabParallelHead(nn.Linear):

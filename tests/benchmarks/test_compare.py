@@ -129,7 +129,7 @@ def run_fake(monkeypatch: pytest.MonkeyPatch, folder: Path, build: Any, cases: l
     monkeypatch.setitem(sys.modules, "arms.fake", module)
     monkeypatch.setitem(ARMS, "fake", Arm("fake", "fake"))
     (folder / "logs").mkdir()
-    args = types.SimpleNamespace(out=folder, ranks=2, limit=limit)
+    args = types.SimpleNamespace(out=folder, ranks=2, limit=limit, steps=1)
     return list(compare.run_arm("fake", cases, args))
 
 
