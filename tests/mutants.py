@@ -31,7 +31,7 @@ from ds_seqpar.layers.guard import InputGuard
 from ds_seqpar.layers.handles import TokenShard
 from ds_seqpar.layers.linear import RowParallelLinear, VocabParallelHead
 from ds_seqpar.layers.loss import CausalLMLoss
-from ds_seqpar.layers.norm import FusedRMSNorm, Remake
+from ds_seqpar.layers.norm import FusedRMSNorm
 from ds_seqpar.layers.partial import PartialGradients
 from ds_seqpar.layers.random import ParallelRandom
 from ds_seqpar.layers.region import TokenRegion
@@ -277,13 +277,14 @@ def _no_up(backward: Any) -> Any:
     return wrong
 
 
-def _remade_without_norm(forward: Any) -> Any:
-    def wrong(self: Any, x: Tensor) -> Tensor:
-        y = forward(self, x)
-        made = getattr(y, "_seqpar_remake", None)
-        if made is not None:
-            y._seqpar_remake = Remake(lambda x, weight: x, made.made_of)
-        return y  # type: ignore[no-any-return]
+def _remade_without_norm(backward: Any) -> Any:
+    def wrong(ctx: Any, *dys: Tensor) -> Any:
+        plain = linear.rms_norm_into
+        linear.rms_norm_into = lambda out, x, *_: out.copy_(x.view(out.shape))  # type: ignore[assignment]
+        try:
+            return backward(ctx, *dys)
+        finally:
+            linear.rms_norm_into = plain
 
     return wrong
 
@@ -467,7 +468,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a scaling of the embeddings is dropped", _swap(TokenShard, "_apply", lambda _: _unscaled), "granite"),
     Mutant("a norm has another epsilon", _swap(_Injection, "_fuse_norms", _other_epsilon)),
     Mutant("a product's up factor has no gradient", _swap(linear, "gated_backward", _no_up)),
-    Mutant("a norm's output is made again without the norm", _swap(FusedRMSNorm, "forward", _remade_without_norm)),
+    Mutant("a norm's output is made again without the norm", _swap(linear._ColumnParallel, "backward", _remade_without_norm)),
     Mutant("one rank scales its attention otherwise", _swap(_Injection, "_local_counts", _groups_wrong)),
     Mutant("a cut norm's mean has no gradient from other ranks", _swap(norm, "copy_for_partial", _identity), "olmo2"),
     Mutant("a router's input is not shared out", _swap(blocks, "share_of_replicated", _identity), "mixtral", own=EXPERTS),

@@ -80,7 +80,8 @@ def _exact_when_split(family: str, tp: int, stage: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("family", "tp", "stage"), [("llama", 2, 1), ("llama", 3, 3), ("gemma3_text", 2, 2), ("phi3", 2, 3)]
+    ("family", "tp", "stage"),
+    [("llama", 2, 1), ("mistral", 2, 1), ("mistral", 3, 2), ("llama", 3, 3), ("gemma3_text", 2, 2), ("phi3", 2, 3)],
 )
 def test_whole_models_are_exact_in_parts(family: str, tp: int, stage: int) -> None:
     for errors in run_ranks(tp, _exact_when_split, family, tp, stage):
