@@ -211,7 +211,6 @@ class _CopyEngines:
     def __init__(self, group: ProcessGroup) -> None:
         self.memory = SymmetricMemory(group)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.stream = self.memory.stream
         # Each rank reads from a different peer at a time.
         self.peers = [(self.rank + step) % self.size for step in range(1, self.size)]
 

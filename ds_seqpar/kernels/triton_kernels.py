@@ -188,19 +188,9 @@ def _rms_norm(x, weight, out, root, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rms_norm_backward(
-    dy,
-    more,
-    x,
-    weight,
-    root,
-    dx,
-    dweight,
-    rows,
-    width,
-    PARTS: tl.constexpr,
-    WANTS_DWEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dy, more, x, weight, root, dx, dweight, rows, width, size,
+    PARTS: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
@@ -214,7 +204,7 @@ def _rms_norm_backward(
         part = more + at
         for _ in tl.static_range(PARTS):
             d += tl.load(part, mask=inside, other=0.0).to(tl.float32)
-            part += rows.to(tl.int64) * width
+            part += size
         r = tl.load(root + row, mask=row < rows, other=0.0)
         v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * r
         slope = d * w
@@ -358,7 +348,7 @@ def rms_norm_backward(
     if rows:
         block = _power_of_2(width)
         _launch(
-            _rms_norm_backward, (programs,), (dy, dy if more is None else more, x, weight, root, dx, parts), (rows, width),
+            _rms_norm_backward, (programs,), (dy, dy if more is None else more, x, weight, root, dx, parts), (rows, width, x.numel()),
             PARTS=0 if more is None else more.shape[0], WANTS_DWEIGHT=wants_dweight, BLOCK=block, num_warps=_warps(2 * block),
         )  # fmt: skip
     if rows and dweight is not None:
@@ -399,16 +389,15 @@ def _launch_here(
         pointers |= tensor.data_ptr()
         key.append(tensor.dtype)
     key += options.values()
-    known = (
-        _compiled.get(tuple(key)) if pointers % 16 == 0 else None
-    )  # a kernel is compiled for aligned pointers, or not
+    aligned = pointers % 16 == 0  # a kernel is compiled for aligned pointers, or not
+    known = _compiled.get(tuple(key)) if aligned else None
     if known is not None:
         run, function, metadata, constants = known
         stream = torch._C._cuda_getCurrentRawStream(index)
         run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *tensors, *numbers, *constants)
         return
     compiled = kernel[grid](*tensors, *numbers, **options)
-    if pointers % 16 == 0 and hasattr(compiled, "packed_metadata"):
+    if aligned and hasattr(compiled, "packed_metadata"):
         if len(_compiled) >= _MOST_COMPILED:  # batches of ever new lengths
             _compiled.clear()
         constants = [options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]

@@ -409,12 +409,11 @@ class ShardedModel(_Guarded):
                 for m in modules
                 if isinstance(m, ShardedBlock) or getattr(m, "stands_before_blocks", False)
             ]
-        # DeepSpeed's ZeRO-3 puts an autograd function in the place of F.linear, for all models of the process and for good.
-        below_python = getattr(torch.nn.functional.linear, "__module__", None) not in (
-            None,
-            "torch._C._nn",
-            "torch.nn.functional",
-        )
+        # DeepSpeed's ZeRO-3 puts an autograd function in the place of F.linear, for all models of the process and for good; hooks of
+        # all modules must take handles as they are, but those of backward put what a module returns through such a function too.
+        hooks = torch.nn.modules.module
+        below_python = bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+        below_python |= torch.nn.functional.linear.__module__ not in ("torch._C._nn", "torch.nn.functional")
         return frozenset(name for name, modules in self._seen_through if below_python or any(map(is_watched, modules)))
 
     def _with_states(self, args: Any, kwargs: Any) -> tuple[Any, Any]:

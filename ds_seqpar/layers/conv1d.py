@@ -25,7 +25,7 @@ class RowParallelConv1D(RowParallelLinear):
 
     def forward(self, input: Tensor, up: Tensor | None = None, act: str | None = None) -> Tensor:
         """As RowParallelLinear's."""
-        return RowParallelLinear.forward(_Transposed(self), input, up, act)  # type: ignore[arg-type]  # whose bias is not None
+        return RowParallelLinear.forward(_Transposed(self), input, up, act)  # type: ignore[arg-type]
 
 
 class _Transposed:

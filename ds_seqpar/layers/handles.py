@@ -539,18 +539,12 @@ class GatedProduct(_Deferred):
 def is_watched(module: Any) -> bool:
     """Whether hooks of the module's own see what it takes or returns, and may keep or change it.
 
-    A hook with a true `only_looks` takes handles as they are. So must hooks of all modules, but for those of backward.
+    A hook with a true `only_looks` takes handles as they are.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(not getattr(hook, "only_looks", False) for found in hooks for hook in found.values()) or any(
-        _GLOBAL_HOOKS
-    )
-
-
-_GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_backward_hooks,
-    torch.nn.modules.module._global_backward_pre_hooks,
-)
+    if not any(hooks):  # asked of every module in every forward
+        return False
+    return any(not getattr(hook, "only_looks", False) for found in hooks for hook in found.values())
 
 
 class NormedRows(_Deferred):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 
-__all__ = ["Rates", "cache_file", "load_rates", "save_rates", "scaled"]
+__all__ = ["Rates", "cache_file", "load_rates", "save_rates"]
 
 Points = tuple[tuple[int, float], ...]
 """(tokens of a forward, rate) in rising order; between them by the logarithm of the tokens, beyond them as at the end."""
@@ -98,21 +98,3 @@ def save_rates(rates: Rates, path: Path) -> None:
     """Writes them as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(rates), indent=2) + "\n")
-
-
-def scaled(rates: Rates, name: str, source: str, *, compute: float, bandwidth: float) -> Rates:
-    """Rates of a GPU that was not measured, from one that was, by the ratios of their data sheets."""
-
-    def times(points: Points) -> Points:
-        return tuple((tokens, rate * compute) for tokens, rate in points)
-
-    return replace(
-        rates,
-        name=name,
-        source=source,
-        gemm_tflops=times(rates.gemm_tflops),
-        attention_forward_tflops=times(rates.attention_forward_tflops),
-        attention_backward_tflops=times(rates.attention_backward_tflops),
-        traffic_gb_per_s=rates.traffic_gb_per_s * bandwidth,
-        optimizer_gb_per_s=rates.optimizer_gb_per_s * bandwidth,
-    )

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, gelu, silu
 from ds_seqpar.kernels import cross_entropy as ce
 from ds_seqpar.kernels.addition import sum_into, sum_with
 from ds_seqpar.kernels.gating import gated, gated_backward, known_activation
-from ds_seqpar.kernels.rms_norm import rms_norm, rms_norm_into
+from ds_seqpar.kernels.rms_norm import rms_norm, rms_norm_gradients, rms_norm_into
 from ds_seqpar.kernels.rotary import rotate
 
 ACTS = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
@@ -182,6 +182,25 @@ def test_rms_norm_and_its_gradients(device, rows, width, frozen):
     assert (weight.grad is None) == frozen
     if not frozen:
         torch.testing.assert_close(weight.grad, wanted_w.grad.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 700])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_norms_gradients_from_several_ranks_parts(device, rows, parts):
+    x, weight, dy = (
+        _randn(*shape, device=device, seed=i) for i, shape in enumerate(((1, rows, 96), (96,), (rows, 96)))
+    )
+    more = _randn(parts, rows, 96, device=device, seed=3)
+    memory = torch.empty(rows, 96, device=device)
+    root = rms_norm_into(memory, x, weight, 1e-5)
+    dx, dweight = rms_norm_gradients(dy, more, x, weight, root, 1e-5, True)
+    wide_x, wide_w = (t.double().requires_grad_() for t in (x, weight))
+    (wide_x * torch.rsqrt(wide_x.pow(2).mean(-1, keepdim=True) + 1e-5) * wide_w).backward(
+        (dy + more.sum(0)).double()[None]
+    )
+    torch.testing.assert_close(dx.view(x.shape), wide_x.grad.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dweight, wide_w.grad.float(), rtol=1e-4, atol=1e-4)
+    assert rms_norm_gradients(dy, more, x, weight, root, 1e-5, False)[1] is None
 
 
 def test_rms_norm_rounds_its_weights_gradient_once(device):
