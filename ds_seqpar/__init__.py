@@ -3,6 +3,9 @@
 Importing this package makes `deepspeed.initialize` look for the key `ds_seqpar`; without the key nothing changes.
 """
 
+from . import _deepspeed  # noqa: F401  the first that imports it
+
+# isort: split
 from ds_seqpar_integrations import install
 
 from .checkpoint.export import full_state_dict, save_pretrained

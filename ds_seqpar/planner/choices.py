@@ -225,7 +225,7 @@ class _Planner:
         """The most tokens a sequence can have, a multiple of SHORTEST; 0 if not even SHORTEST fit.
 
         Memory is the highest of several straight lines in the tokens, so the line through a length that fits and one that does
-        not meets the budget at a length that fits. Beyond TRACED tokens the last line goes on.
+        not meets the budget at a length that fits. Beyond TRACED tokens the line through it and its half goes on.
         """
         request = self.request
         budget, zero = request.gpu_memory * (1 - FREE), replace(request.zero, stage=choice.stage)
@@ -242,8 +242,13 @@ class _Planner:
             return 0
         for _ in range(8):
             found = min(most, _meets(points, budget)) // SHORTEST * SHORTEST
-            if found > max(TRACED, request.seq) or found in points or found < SHORTEST:
+            if found in points or found < SHORTEST:
                 return max(0, found)
+            if found > TRACED:  # on the line that holds far out, which two short lengths may not be on
+                far = [seq for seq in (TRACED, TRACED // 2) if seq > 2 * request.seq and seq not in points]
+                if not far:
+                    return found
+                found = far[0]
             if not at(found):
                 return 0
         return max((seq for seq, nbytes in points.items() if nbytes <= budget), default=0)
@@ -255,7 +260,9 @@ def _meets(points: Mapping[int, int], budget: float) -> int:
     over = next((i for i, seq in enumerate(order) if points[seq] > budget), len(order))
     low, high = order[max(0, min(over, len(order) - 1) - 1) :][:2]
     rise = points[high] - points[low]
-    return MOST_TOKENS if rise <= 0 else int(low + (budget - points[low]) * (high - low) / rise)
+    if rise <= 0:  # what does not depend on the tokens
+        return MOST_TOKENS if points[high] <= budget else 0
+    return int(low + (budget - points[low]) * (high - low) / rise)
 
 
 def _spread(trace: StepTrace, split: int, request: Request) -> StepTrace:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -18,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_seqpar.cli import COMMANDS, completion_script, main
 from ds_seqpar.config import KEY, Recompute, SeqParConfig
+from ds_seqpar.planner import choices
 from ds_seqpar.planner.memory import Zero
 from ds_seqpar.planner.rates import Rates, load_rates
 from ds_seqpar.planner.steptime import predict
@@ -151,6 +154,39 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not(
         assert choice["fits"] is fits
 
 
+class _PlayedMemory(choices._Planner):
+    """Memory as a step's own, which no length changes, or as activations are, whichever is more."""
+
+    def __init__(self, gpu_memory: int, step: int) -> None:
+        self.request: Any = SimpleNamespace(seq=64, gpu_memory=gpu_memory, micro_batch=1, zero=Zero())
+        self.step = step
+
+    def trace(self, strategy: str, split: int, recompute: Recompute, seq: int) -> Any:
+        assert seq <= choices.TRACED
+        return seq
+
+    def memory(self, trace: Any, zero: Zero, strategy: str, split: int) -> Any:
+        return (SimpleNamespace(total=max(self.step, 1000 + 3 * trace)), None)
+
+
+@pytest.mark.parametrize(
+    ("step", "gpu_memory", "longest"),
+    [(10**6, 10**5, 0), (10**6, 2 * 10**6, 646_272), (10**6, 10**7, 3_232_960), (10**9, 2 * 10**9, None)],
+)
+def test_a_step_that_no_length_changes_does_not_make_any_length_fit(
+    step: int, gpu_memory: int, longest: int | None
+) -> None:
+    """None: no length that is looked at changes the memory."""
+    choice: Any = SimpleNamespace(strategy=choices.SEQPAR, split=2, recompute=Recompute.NONE, stage=1)
+    found = _PlayedMemory(gpu_memory, step).longest(choice)
+    if longest is None:
+        assert found == choices.MOST_TOKENS
+    else:
+        assert abs(found - longest) <= 64 and (
+            found == 0 or max(step, 1000 + 3 * found) <= gpu_memory * (1 - choices.FREE)
+        )
+
+
 def test_the_table_names_what_was_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *TINY, "--seq", "64", "--gpus", "8", "--rates", "h200", "--zero", "1"]) == 0
     out = capsys.readouterr().out
@@ -217,6 +253,27 @@ def test_info_says_what_falls_back_and_what_becomes_of_a_model(capsys: pytest.Ca
     assert "torch " in out and "transport" in out and "fused" in out
     assert "ColumnParallelLinear: weight cut [128, 64]->[64, 64]" in out
     assert main(["info", "t5"]) == 2
+
+
+def test_json_is_alone_on_standard_output() -> None:
+    """DeepSpeed, too, writes there when it finds no accelerator and nobody has named one."""
+    command = [
+        sys.executable,
+        "-m",
+        "ds_seqpar",
+        "plan",
+        *TINY,
+        "--seq",
+        "64",
+        "--gpus",
+        "2",
+        "--rates",
+        "h200",
+        "--json",
+    ]
+    named = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=named)
+    assert json.loads(done.stdout)["best"]
 
 
 def test_bash_completes_commands_and_options() -> None:
