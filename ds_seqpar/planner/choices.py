@@ -276,7 +276,12 @@ def _spread(trace: StepTrace, split: int, request: Request) -> StepTrace:
         )
         if work.attention_flops or work.attention_backward_flops:
             times = bool(work.attention_flops) + bool(work.attention_backward_flops)
-            work = replace(work, waited_bytes=work.waited_bytes + times * passed, waits=work.waits + 4 * times)
+            work = replace(
+                work,
+                waited_bytes=work.waited_bytes + times * passed,
+                waits=work.waits + 4 * times,
+                operations=work.operations + 4 * times,
+            )
         return Segment(segment.name, segment.peak, segment.grew, segment.gradients, work)
 
     segments = [wider(segment) for segment in trace.segments]

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import ConfigError
 
-__all__ = ["Rates", "cache_file", "load_rates", "save_rates"]
+__all__ = ["OLDER", "Rates", "cache_file", "load_rates", "save_rates"]
 
+OLDER = "the host's times are the H100's, for this file has none: `python -m ds_seqpar calibrate` measures them"
 Points = tuple[tuple[int, float], ...]
 """(tokens of a forward, rate) in rising order; between them by the logarithm of the tokens, beyond them as at the end."""
 
@@ -35,6 +36,11 @@ class Rates:
     host_gb_per_s: float = (
         40.0  # the same of an offloaded optimizer, a GPU's share of the computer's memory: an assumption
     )
+    # What Python takes to launch work, microseconds. Defaults are the H100's machine's (rates/h100.json).
+    host_forward_us: float = 119.0  # an operation of ds_seqpar's layers in forward
+    host_backward_us: float = 68.5  # in backward
+    host_plain_us: float = 20.0  # an operation of transformers' own layers, either way: an assumption
+    host_engine_us: float = 105.0  # DeepSpeed's, for each trained parameter: of a micro batch, and again of a step
 
     def at(self, points: Points, tokens: int) -> float:
         """The rate of a forward of `tokens`."""
@@ -59,6 +65,8 @@ def _read(path: Path) -> Rates:
         for name, value in values.items():
             if name.endswith("_tflops"):
                 values[name] = tuple((int(tokens), float(rate)) for tokens, rate in value)
+        if values and not any(name.startswith("host_") and name.endswith("_us") for name in values):
+            values["source"] = f"{values.get('source', '')}; {OLDER}"
         rates = Rates(**values)
         positive = [x for x in asdict(rates).values() if isinstance(x, float)]
         positive += [rate for p in vars(rates).values() if isinstance(p, tuple) for _, rate in p]

@@ -10,16 +10,18 @@ from .choices import Choice, Choices
 __all__ = ["as_json", "print_table", "summary"]
 
 GIB = 2.0**30
+HOST_LIMITED = 0.2
+"""Share of a step that the GPU waits, from which a user is told."""
 COLUMNS = (
     "", "way", "ZeRO", "recompute", "weights", "grads", "optim", "held", "logits", "peak", "total GiB", "ms", "GEMM", "attn", "elem",
-    "exposed", "DP", "optim ms", "tok/s/GPU", "longest",
+    "exposed", "host", "DP", "optim ms", "tok/s/GPU", "longest",
 )  # fmt: skip
 
 
 def _row(choice: Choice) -> tuple[str, ...]:
     m, t = choice.memory, choice.time
     gib = (m.weights + m.gathered, m.gradients, m.optimizer, m.held_bytes, m.logits, max(m.peak, m.peak_step), m.total)
-    ms = (t.total, t.gemm, t.attention, t.elementwise, t.exposed, t.data_parallel, t.optimizer)
+    ms = (t.total, t.gemm, t.attention, t.elementwise, t.exposed, t.host, t.data_parallel, t.optimizer)
     return (
         "fits" if choice.fits else "no",
         choice.name,
@@ -46,6 +48,11 @@ def summary(choices: Choices) -> list[str]:
         lines.append(
             f"best: {best.name}, ZeRO {best.stage}, recompute {best.recompute.value}; held GiB by kind: {held}"
         )
+        if best.time.host > HOST_LIMITED * best.time.total:
+            lines.append(
+                f"the host is the limit here: in {best.time.host:.0f} of a step's {best.time.total:.0f} ms the GPU waits for Python to "
+                "launch its work; longer sequences or a larger --micro-batch cost little"
+            )
     return lines
 
 
