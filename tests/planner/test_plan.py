@@ -273,7 +273,11 @@ def test_calibrate_on_the_cpu_makes_rates_that_plan_takes(capsys: pytest.Capture
     assert main(["calibrate", "--out", str(path)]) == 0
     capsys.readouterr()
     rates = load_rates(str(path))
-    assert rates.name == "CPU" and "links between nodes and the host are the H200's" in rates.source
+    assert rates.name == "CPU" and "optimizer, the host's launches; " in rates.source
+    assert "links between nodes, links to the host's memory and what DeepSpeed does" in rates.source
+    shipped = load_rates("h200")
+    for name in ("host_forward_us", "host_backward_us", "host_plain_us"):
+        assert 1 < getattr(rates, name) < 5000 and getattr(rates, name) != getattr(shipped, name)
     assert 0 < rates.gemm_tflops[-1][1] < 50 and 0 < rates.traffic_gb_per_s < 2000
     slow = _plan(capsys, "--rates", str(path))["best"]["time"]["total"]
     assert slow > _plan(capsys)["best"]["time"]["total"]
