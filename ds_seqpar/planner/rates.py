@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .given import write_whole
 
 __all__ = ["OLDER", "Rates", "cache_file", "load_rates", "save_rates"]
 
@@ -59,13 +60,15 @@ def _shipped() -> dict[str, Rates]:
 def _read(path: Path) -> Rates:
     try:
         values: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(values, dict) or "gemm_tflops" not in values:
+            raise TypeError("it holds no rates")
         known = {field.name for field in fields(Rates)}
         if unknown := set(values) - known:
             raise ConfigError(f"{path} has unknown fields {sorted(unknown)}; known fields: {sorted(known)}")
         for name, value in values.items():
             if name.endswith("_tflops"):
                 values[name] = tuple((int(tokens), float(rate)) for tokens, rate in value)
-        if values and not any(name.startswith("host_") and name.endswith("_us") for name in values):
+        if not any(name.startswith("host_") and name.endswith("_us") for name in values):
             values["source"] = f"{values.get('source', '')}; {OLDER}"
         rates = Rates(**values)
         positive = [x for x in asdict(rates).values() if isinstance(x, float)]
@@ -105,4 +108,4 @@ def load_rates(wanted: str | None = None) -> Rates:
 def save_rates(rates: Rates, path: Path) -> None:
     """Writes them as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(rates), indent=2) + "\n")
+    write_whole(path, json.dumps(asdict(rates), indent=2) + "\n")

@@ -10,6 +10,12 @@ from .choices import Choice, Choices
 __all__ = ["as_json", "print_table", "summary"]
 
 GIB = 2.0**30
+LEGEND = (
+    "GiB a GPU: weights, gradients, optimizer; held: activations kept for backward; logits: what the loss needs; total: with CUDA and NCCL",
+    "ms a step: products (GEMM), attention, elementwise; exposed: communication within a sequence's GPUs that nothing hides; host: the GPU "
+    "waits for Python; DP: communication between data-parallel ranks",
+    "way: ds_seqpar N, Ulysses N: N GPUs share a sequence; ZeRO-3 alone: none do. longest: the longest sequence that fits this way",
+)
 HOST_LIMITED = 0.2
 """Share of a step that the GPU waits, from which a user is told."""
 COLUMNS = (
@@ -36,7 +42,7 @@ def _row(choice: Choice) -> tuple[str, ...]:
 
 def summary(choices: Choices) -> list[str]:
     """Lines under the table."""
-    lines = [f"rates: {choices.rates.name} ({choices.rates.source})"]
+    lines = [*LEGEND, f"rates: {choices.rates.name} ({choices.rates.source})"]
     lines += [f"not planned: {name}: {why}" for name, why in choices.refused.items()]
     best = choices.best
     if best is None:
@@ -62,7 +68,7 @@ def print_table(choices: Choices, rows: int = 12) -> None:
     request = choices.request
     title = (
         f"{request.config.model_type}, {request.micro_batch} x {request.seq:,} tokens, {request.gpus} GPUs of "
-        f"{request.gpu_memory / GIB:.0f} GiB on {request.nodes} node(s)"
+        f"{request.gpu_memory / GIB:.4g} GiB on {request.nodes} node{'s' if request.nodes > 1 else ''}"
     )
     try:
         from rich.console import Console
