@@ -50,7 +50,8 @@ def _counts(path: Path, found: dict[str, Any]) -> list[str]:
         value = found.get(name)
         if value == AUTO:
             if name != "train_batch_size":
-                notes.append(f'{path}: "{name}": "auto" is planned as 1, unless an option says otherwise')
+                how = ", unless --micro-batch says otherwise" if name.startswith("train_micro") else ""
+                notes.append(f'{path}: "{name}": "auto" is planned as 1{how}')
         elif value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError(
                 f'{path}: "{name}" must be a whole number of at least 1, or "auto", not {json.dumps(value)}'

@@ -76,8 +76,8 @@ def predict(trace: StepTrace, rates: Rates, zero: Zero, *, tp_size: int, dp_size
     updated = trace.trainable / (dp_size if zero.stage else 1)
     rate = rates.host_gb_per_s if zero.offload_optimizer else rates.optimizer_gb_per_s
     optimizer = updated * step_bytes(zero, trace.dtype_bytes) / 1e6 / rate + engine
-    kinds = ((getattr(forward, name) + getattr(backward, name)) * times for name in vars(forward))
-    return StepTime(*kinds, times * host, data_parallel, optimizer)
+    kinds = {name: times * (value + getattr(backward, name)) for name, value in vars(forward).items()}
+    return StepTime(**kinds, host=times * host, data_parallel=data_parallel, optimizer=optimizer)
 
 
 def _on_gpu(work: Work, rates: Rates, tokens: int, tp_size: int) -> _OnGpu:

@@ -43,6 +43,10 @@ def _row(choice: Choice) -> tuple[str, ...]:
 def summary(choices: Choices) -> list[str]:
     """Lines under the table."""
     lines = [*LEGEND, f"rates: {choices.rates.name} ({choices.rates.source})"]
+    if choices.rates.name == "CPU":
+        lines.append(
+            "these are a CPU's rates, and so are the times: for GPUs use --rates h100 or h200, or calibrate on one"
+        )
     lines += [f"not planned: {name}: {why}" for name, why in choices.refused.items()]
     best = choices.best
     if best is None:

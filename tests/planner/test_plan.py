@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_seqpar.cli import COMMANDS, completion_script, main
 from ds_seqpar.config import KEY, Recompute, SeqParConfig
+from ds_seqpar.errors import ConfigError
+from ds_seqpar.planner.given import write_whole
 from ds_seqpar.planner.memory import Zero
-from ds_seqpar.planner.rates import Rates, load_rates
+from ds_seqpar.planner.rates import Rates, load_rates, save_rates
 from ds_seqpar.planner.step import trace_step
 from ds_seqpar.planner.steptime import StepTime, launched, predict
 
@@ -200,8 +202,9 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not(
 
 
 def test_the_table_names_what_was_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *TINY, "--seq", "64", "--gpus", "8", "--rates", "h200", "--zero", "1"]) == 0
+    assert main(["plan", *TINY, "--seq", "64", "--gpus", "8", "--rates", "h200", "--zero", "3"]) == 0
     out = capsys.readouterr().out
+    assert "exposed: communication" in out and "host: the GPU waits" in out
     assert (
         "ds_seqpar 2" in out and "best: " in out and "not planned: Ulysses" in out and "not planned: ds_seqpar 8" in out
     )
@@ -241,14 +244,26 @@ def test_the_table_says_when_the_host_is_the_limit(capsys: pytest.CaptureFixture
         ([*TINY, "--seq", "64", "--gpus", "2", "--config", "/nonexistent.json"], "no JSON file"),
         ([*TINY, "--seq", "64", "--gpus", "2", "--rates", "b300"], "there are no rates 'b300'"),
         ([*TINY, "--seq", "64", "--gpus", "2", "--gpu-memory", "1MiB", "--write", "OUT"], "nothing fits"),
-        (["llama", "--sizes", "hidden_size=-8", "--seq", "64", "--gpus", "2"], ""),
+        (["llama", "--sizes", "hidden_size=-8", "--seq", "64", "--gpus", "2"], "hidden_size=-8"),
+        ([*TINY, "vocab_size=0", "--seq", "64", "--gpus", "2"], "vocab_size=0"),
+        ([*TINY, "hidden_sise=64", "--seq", "64", "--gpus", "2"], "did you mean hidden_size?"),
+        (["llama", "--sizes", "hidden_size=big", "--seq", "64", "--gpus", "2"], "expected int, got str"),
+        (["bert", "--seq", "64", "--gpus", "2"], "encoder"),
+        (["", "--seq", "64", "--gpus", "2"], "neither a folder"),
+        (["./missing", "--seq", "64", "--gpus", "2"], "neither a folder"),
+        ([*TINY, "--seq", "64", "--gpus", str(10**20)], "at most 1048576"),
+        ([*TINY, "--seq", "64", "--gpus", "2", "--zero", "0", "--offload-optimizer"], "--zero 1, 2 or 3"),
+        ([*TINY, "--seq", "64", "--gpus", "2", "--write", "/nonexistent/ds.json"], "no folder /nonexistent"),
+        ([*TINY, "--seq", "64", "--gpus", "2", "--write", "FOLDER"], "is a folder"),
+        ([*TINY, "--seq", "64", "--gpus", "2", "--plot", "TP3"], "is a file; name a folder"),
+        ([*TINY, "--seq", "64", "--gpus", "2", "--rates", "TP3"], "holds no rates"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
     argv: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "tp3.json").write_text(json.dumps({KEY: {"tp_size": 3}}))
-    names = {"TP3": str(tmp_path / "tp3.json"), "OUT": str(tmp_path / "out.json")}
+    names = {"TP3": str(tmp_path / "tp3.json"), "OUT": str(tmp_path / "out.json"), "FOLDER": str(tmp_path)}
     assert main(["plan", *(names.get(word, word) for word in argv)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and says in error
@@ -256,16 +271,98 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    "more", [["--seq", "0"], ["--seq", "-5"], ["--seq", "64", "--gpu-memory", "-80GiB"], ["--seq", "64", "--gpus", "0"]]
+    "more",
+    [
+        ["--gpu-memory", "80"],
+        ["--gpu-memory", "1e400"],
+        ["--gpu-memory", "80GBB"],
+        ["--seq", "\u0663"],
+        ["--seq", "0"],
+        ["--seq", "-5"],
+        ["--seq", "64", "--gpu-memory", "-80GiB"],
+        ["--seq", "64", "--gpus", "0"],
+    ],
 )
 def test_sizes_that_cannot_be_are_refused_by_the_command_line(
     more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["plan", *TINY, "--gpus", "2", *more])
+        main(["plan", *TINY, "--gpus", "2", "--seq", "64", *more])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and repr(more[-1]) in error
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"broken', "no JSON file"),
+        ("[]", "must hold a JSON object"),
+        ('{"zero_optimization": 3}', '"zero_optimization" must be an object'),
+        (
+            '{"zero_optimization": {"offload_optimizer": "cpu"}}',
+            '"zero_optimization.offload_optimizer" must be an object',
+        ),
+        ('{"zero_optimization": {"stage": 7}}', "must be 0, 1, 2 or 3, not 7"),
+        ('{"gradient_accumulation_steps": 0}', '"gradient_accumulation_steps" must be a whole number'),
+        ('{"train_micro_batch_size_per_gpu": "two"}', '"train_micro_batch_size_per_gpu" must be a whole number'),
+        ('{"ds_seqpar": {"tp_size": 2, "wat": 1}}', "unknown field(s) ['wat']"),
+    ],
+)
+def test_a_json_that_deepspeed_would_not_take_is_refused_by_its_field(
+    text: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    assert main(["plan", *TINY, "--seq", "64", "--gpus", "2", "--config", str(tmp_path / "ds.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+
+
+def test_what_of_a_json_is_planned_otherwise_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    given = {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": 64,
+        "sequence_parallel_size": 4, "tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 1},
+    }  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps(given))
+    args = ["--config", str(tmp_path / "ds.json"), "--write", str(tmp_path / "out.json"), "--json", "--rows", "1"]
+    assert main(["plan", *TINY, "--seq", "64", "--gpus", "2", "--rates", "h200", *args]) == 0
+    notes = capsys.readouterr().err
+    assert all(f'"{name}' in notes for name in given if name != "zero_optimization")
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["train_micro_batch_size_per_gpu"] == 1 and written["gradient_accumulation_steps"] == "auto"
+    assert not {"train_batch_size", "sequence_parallel_size"} & set(written) and written["tensor_parallel"] == {}
+
+
+def test_a_stage_that_is_asked_for_is_the_stage_of_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    found = _plan(capsys, "--zero", "1")
+    assert {choice["stage"] for choice in found["choices"]} == {1}
+    assert "stage 1 was asked for" in found["refused"]["ZeRO alone"]
+
+
+def test_a_file_that_is_there_stays_whole_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = tmp_path / "ds.json"
+    saved.write_text("mine")
+    full = OSError(28, "No space left on device")
+
+    def half(path: Path, text: str) -> int:
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise full
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(ConfigError, match=r"ds\.json was not written: No space left"):
+        write_whole(saved, "a new one")
+    with pytest.raises(ConfigError, match="not written"):
+        save_rates(load_rates("h200"), saved)
+    assert saved.read_text() == "mine" and list(tmp_path.iterdir()) == [saved]
+
+
+def test_calibrate_says_that_it_cannot_write_before_it_measures(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ds_seqpar.planner.calibrate.calibrate", lambda: pytest.fail("measured for nothing"))
+    assert main(["calibrate", "--out", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
 
 
 def test_calibrate_on_the_cpu_makes_rates_that_plan_takes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
