@@ -28,6 +28,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from .errors import CheckpointError, ConfigError, PlanError
@@ -490,6 +491,11 @@ def _require_sizes(config: Any, sizes: Mapping[str, Any]) -> None:
             raise ConfigError(f"the config of {config.model_type!r} has no field {name!r}{hint}")
         if name.endswith(("_size", "_layers", "_heads", "_dim")) and isinstance(value, int) and value < 1:
             raise ConfigError(f"{name}={value}: a size must be at least 1")
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether the model of a config predicts masked tokens (or has an encoder that does), and no next ones."""
+    return getattr(config, "is_decoder", None) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def planned_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -133,9 +133,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _request(options: argparse.Namespace) -> Any:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    from ..hf import planned_config
+    from ..hf import is_encoder, planned_config
     from .choices import MOST_GPUS, Request
 
     ds_config: dict[str, Any] = {}
@@ -160,7 +158,7 @@ def _request(options: argparse.Namespace) -> Any:
         stages = (ds_config["zero_optimization"]["stage"],)
     micro_batch = ds_config.get("train_micro_batch_size_per_gpu")
     config = planned_config(options.model, dict(options.sizes))
-    if getattr(config, "is_decoder", None) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if is_encoder(config):
         raise ConfigError(
             f"model type {config.model_type!r} is an encoder or an encoder-decoder, which can be trained but not planned; `plan` knows "
             "causal language models"

@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..config import SeqParConfig
-from ..hf import planned_config
+from ..groups import ParallelGroups
+from ..hf import causal_lm_loss, describe, planned_config, planned_model
+from ..inject import inject
+from ..layers.loss import CausalLMLoss
 from .step import trace_step
 
 __all__ = ["HostRates", "measure_host"]
@@ -78,26 +82,28 @@ def _seconds(model: Any, device: torch.device) -> tuple[float, float]:
     return statistics.median(forward), statistics.median(backward)
 
 
+def _shard(model: Any) -> None:
+    """As the engine does, without DeepSpeed."""
+    ranks, loss = dist.group.WORLD, causal_lm_loss(model)
+    assert ranks is not None and loss is not None
+    groups = ParallelGroups(ranks, dist.new_group(backend="gloo"), 1, 0)
+    inject(model, describe(model), SeqParConfig(tp_size=1), groups)
+    model.loss_function = CausalLMLoss(loss)
+
+
 def _measure(device: torch.device) -> HostRates:
-    from deepspeed import comm
-    from transformers import AutoModelForCausalLM
-
-    from ..engine import shard
-
     counted = {plain: _operations(plain) for plain in (False, True)}  # before there is a process group
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # optional, slow to build
     with tempfile.TemporaryDirectory() as folder:
-        comm.init_distributed(
-            "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
-            init_method=f"file://{folder}/ranks", rank=0, world_size=1,
-        )  # fmt: skip
-        model: Any = AutoModelForCausalLM.from_config(planned_config("llama", SIZES), dtype=torch.bfloat16)
-        model.to(device).train()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/ranks", rank=0, world_size=1)
+        model: Any = planned_model(planned_config("llama", SIZES), torch.bfloat16).to_empty(device=device).train()
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.zero_()
         plain = sum(_seconds(model, device))
         model.zero_grad()
-        shard(model, {"tp_size": 1})
+        _shard(model)
         forward, backward = _seconds(model, device)
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
     return {
         "host_forward_us": 1e6 * forward / counted[False][0],
         "host_backward_us": 1e6 * backward / counted[False][1],
