@@ -52,6 +52,7 @@ def predicted(case: dict[str, Any], rates_file: str) -> dict[str, Any]:
         "peak_step_gib": max(memory.peak, memory.peak_step) / gib,
         "outside_gib": memory.beside / gib,
         "fwd_bwd_ms": time.forward_backward,
+        "host_ms": time.host,
         "step_ms": time.total,
     }
 

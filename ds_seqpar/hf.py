@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from .errors import CheckpointError, ConfigError, PlanError
@@ -450,27 +452,50 @@ def planned_config(source: str, sizes: Mapping[str, Any] | None = None) -> Any:
     """
     path = Path(source)
     try:
-        if path.is_dir() or path.is_file():
+        if source and (path.is_dir() or path.is_file()):
             config = AutoConfig.from_pretrained(path)
         elif source in CONFIG_MAPPING:
+            _require_sizes(CONFIG_MAPPING[source](), sizes or {})
             return CONFIG_MAPPING[source](**(sizes or {}))
-        elif source.count("/") == 1 and path.suffix != ".json":
+        elif source.count("/") == 1 and path.suffix != ".json" and source[0] not in "./~":
             config = AutoConfig.from_pretrained(source)
         else:
             raise ConfigError(
                 f"{source!r} is neither a folder with a config.json, nor such a file, nor a model type of transformers "
                 f"{transformers.__version__}"
             )
+        _require_sizes(config, sizes or {})
         for name, value in (sizes or {}).items():
             setattr(config, name, value)
         return config
     except ConfigError:
         raise
     except Exception as problem:  # whatever a config class or the Hub's client throws at what a user typed
-        line = next((text for text in str(problem).splitlines() if text.strip()), type(problem).__name__)
-        raise ConfigError(
-            f"the config of {source!r} cannot be had (gated, unknown, or unreachable?): {line}"
-        ) from problem
+        here = path.exists() or source in CONFIG_MAPPING
+        why = "is not one that can be used" if here else "cannot be had (gated, unknown, or unreachable?)"
+        raise ConfigError(f"the config of {source!r} {why}: {_one_line(problem)}") from problem
+
+
+def _one_line(problem: Exception) -> str:
+    """The first line of its message, and the next where that only announces it."""
+    lines = [text.strip() for text in str(problem).splitlines() if text.strip()] or [type(problem).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def _require_sizes(config: Any, sizes: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a field that the config has not, or a size that no model can have."""
+    for name, value in sizes.items():
+        if not hasattr(config, name) and name != "head_dim":  # which many models read, and few configs name
+            near = difflib.get_close_matches(name, config.to_dict(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"the config of {config.model_type!r} has no field {name!r}{hint}")
+        if name.endswith(("_size", "_layers", "_heads", "_dim")) and isinstance(value, int) and value < 1:
+            raise ConfigError(f"{name}={value}: a size must be at least 1")
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether the model of a config predicts masked tokens (or has an encoder that does), and no next ones."""
+    return getattr(config, "is_decoder", None) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def planned_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -480,10 +505,9 @@ def planned_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as problem:
-        line = str(problem).splitlines()[0]
+    except Exception as problem:  # a class that is not there, or sizes that its code cannot work with
         raise PlanError(
-            f"transformers makes no causal language model of type {config.model_type!r}: {line[:200]}"
+            f"transformers makes no causal language model of type {config.model_type!r}: {_one_line(problem)[:200]}"
         ) from problem
 
 

@@ -1,4 +1,4 @@
-"""Measures this machine's rates in about a minute: products, attention, elementwise traffic, an optimizer's step, peer copies.
+"""Measures this machine's rates in about a minute: products, attention, elementwise traffic, an optimizer's step, peer copies, the host.
 
 A training step runs its GPU at the power limit, where it is slower than in a short burst, so each product is timed over a stretch.
 What one process cannot measure (what of a transfer stays exposed, links between nodes) is taken from the H200's rates, and the
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..layers.attention import fastest_attention
+from .host import measure_host
 from .memory import Zero
 from .optimizer import step_bytes
 from .rates import Rates, load_rates
@@ -64,21 +65,24 @@ def calibrate(device: torch.device | None = None) -> Rates:
     """The rates of `device` (the first GPU, or the CPU)."""
     device = device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
+    host = measure_host(on_gpu)  # in a process of its own, whose memory on the GPU goes with it
     sizes, dtype = (_GPU, torch.bfloat16) if on_gpu else (_CPU, torch.float32)
     clock, known = _Clock(device, sizes.seconds), load_rates("h200")
     attention = [_attention(clock, sizes, tokens, dtype) for tokens in sizes.tokens]
     peer = _peer(clock, dtype) if on_gpu and torch.cuda.device_count() > 1 else None
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    measured = "peer copies, " if peer else ""
-    taken = (
-        "exposed transfers, links between nodes and the host"
-        if peer
-        else "peer copies, exposed transfers, links between nodes and the host"
-    )
+    measured = ["products", "attention", "traffic", *(["peer copies"] if peer else []), "optimizer"]
+    taken = [
+        *([] if peer else ["peer copies"]),
+        "exposed transfers",
+        "links between nodes",
+        "links to the host's memory",
+    ]
+    (measured if host else taken).append("the host's launches")
     return Rates(
         name=name,
-        source=f"`python -m ds_seqpar calibrate` with torch {torch.__version__}: products, attention, traffic, {measured}optimizer; "
-        f"{taken} are the H200's",
+        source=f"`python -m ds_seqpar calibrate` with torch {torch.__version__}: {', '.join(measured)}; "
+        f"{', '.join(taken)} and what DeepSpeed does for a parameter are the H200's",
         gemm_tflops=tuple((tokens, _gemm(clock, sizes, tokens, dtype)) for tokens in sizes.tokens),
         attention_forward_tflops=tuple(zip(sizes.tokens, (forward for forward, _ in attention), strict=True)),
         attention_backward_tflops=tuple(zip(sizes.tokens, (backward for _, backward in attention), strict=True)),
@@ -88,6 +92,8 @@ def calibrate(device: torch.device | None = None) -> Rates:
         optimizer_gb_per_s=_optimizer(clock, sizes, dtype),
         node_gb_per_s=known.node_gb_per_s,
         host_gb_per_s=known.host_gb_per_s,
+        host_engine_us=known.host_engine_us,
+        **(host or {name: getattr(known, name) for name in ("host_forward_us", "host_backward_us", "host_plain_us")}),
     )
 
 

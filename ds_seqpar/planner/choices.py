@@ -27,6 +27,7 @@ FREE = 0.03
 """Share of a GPU's memory left to fragmentation."""
 SHORTEST = 64
 MOST_TOKENS = 1 << 27
+MOST_GPUS = 1 << 20
 TRACED = 1 << 20
 """Tokens beyond which a trace takes too long to look for the longest sequence with."""
 
@@ -57,8 +58,8 @@ class Request:
             )
         if self.gpus % self.nodes:
             raise ConfigError(f"{self.gpus} GPUs do not lie evenly on {self.nodes} nodes; --gpus counts all of them")
-        if self.gpus > 1 << 20:
-            raise ConfigError(f"{self.gpus} GPUs are more than can be planned")
+        if self.gpus > MOST_GPUS:
+            raise ConfigError(f"{self.gpus} GPUs are more than can be planned; at most {MOST_GPUS}")
 
     @property
     def gpus_per_node(self) -> int:
@@ -120,6 +121,8 @@ class Choices:
         result.setdefault("gradient_clipping", 1.0)
         result["zero_optimization"] = {**(result.get("zero_optimization") or {}), "stage": choice.stage}
         result.pop("sequence_parallel_size", None)
+        if "autotp_size" in (result.get("tensor_parallel") or {}):
+            del result["tensor_parallel"]["autotp_size"]
         key = result.pop(KEY, {})
         if choice.strategy == SEQPAR:
             key.update(tp_size=choice.split)
@@ -187,13 +190,15 @@ class _Planner:
     def choices(self) -> Iterator[Choice]:
         """All that can be planned."""
         for strategy, split, recompute in self._ways():
+            if strategy != SEQPAR and 3 not in self.request.stages:
+                self.refused.setdefault(
+                    strategy, f"it is planned at ZeRO 3, and stage {self.request.stages[0]} was asked for"
+                )
+                continue
             trace = self.trace(strategy, split, recompute, self.request.seq)
             if trace is None:
                 continue
-            stages = (
-                self.request.stages if strategy == SEQPAR else tuple(s for s in self.request.stages if s == 3) or (3,)
-            )
-            for stage in stages:
+            for stage in self.request.stages if strategy == SEQPAR else (3,):
                 yield self._choice(strategy, split, recompute, stage, trace)
 
     def _ways(self) -> Iterator[tuple[str, int, Recompute]]:
@@ -283,7 +288,12 @@ def _spread(trace: StepTrace, split: int, request: Request) -> StepTrace:
         )
         if work.attention_flops or work.attention_backward_flops:
             times = bool(work.attention_flops) + bool(work.attention_backward_flops)
-            work = replace(work, waited_bytes=work.waited_bytes + times * passed, waits=work.waits + 4 * times)
+            work = replace(
+                work,
+                waited_bytes=work.waited_bytes + times * passed,
+                waits=work.waits + 4 * times,
+                operations=work.operations + 4 * times,
+            )
         return Segment(segment.name, segment.peak, segment.grew, segment.gradients, work)
 
     segments = [wider(segment) for segment in trace.segments]

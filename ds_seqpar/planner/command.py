@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..config import KEY, SeqParConfig
 from ..errors import ConfigError, SeqParError
+from .given import AUTO, read_ds_config, require_writable, write_whole
 
 __all__ = [
     "calibrate_arguments",
@@ -35,20 +35,24 @@ _UNITS = {
     "TIB": 2**40,
 }
 
+MOST_BYTES = 2.0**60
+
 
 def size_in_bytes(text: str) -> int:
     """80GiB, 141GB, 8e10 -> bytes. Raises argparse.ArgumentTypeError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?i?b?)\s*", text, re.I)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([kmgt]?i?b?)\s*", text, re.I)
     unit = match[2].upper() if match else ""
     unit = f"{unit}B" if unit and not unit.endswith("B") else unit
-    if match is None or unit not in _UNITS or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 80GiB or 141GB")
+    if match is None or unit not in _UNITS or not 0 < float(match[1]) * _UNITS[unit] <= MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of memory; write it as 80GiB or 141GB")
+    if not unit and float(match[1]) < _UNITS["MB"]:
+        raise argparse.ArgumentTypeError(f"{text!r} has no unit; write {match[1]}GiB or {match[1]}GB")
     return int(float(match[1]) * _UNITS[unit])
 
 
 def _at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1, in digits")
     return int(text)
 
 
@@ -75,25 +79,31 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="fields of the config to replace, such as hidden_size=8192",
+        help="fields of the model's config.json to replace, such as hidden_size=8192",
     )
-    parser.add_argument("--seq", type=_at_least_one, required=True, help="tokens of a sequence")
-    parser.add_argument("--gpus", type=_at_least_one, required=True, help="all GPUs of the run")
-    parser.add_argument("--nodes", type=_at_least_one, help="computers that they are in (default: 8 GPUs each)")
+    parser.add_argument("--seq", type=_at_least_one, required=True, help="tokens of a sequence, such as 8192")
+    parser.add_argument("--gpus", type=_at_least_one, required=True, help="all GPUs of the run, over all nodes")
+    parser.add_argument(
+        "--nodes",
+        type=_at_least_one,
+        help="computers that the GPUs are in; within one they have NVLink (default: 8 GPUs a node)",
+    )
     parser.add_argument(
         "--gpu-memory",
         type=size_in_bytes,
         default=size_in_bytes("80GiB"),
-        help="of each, such as 80GiB or 141GB (default: 80GiB)",
+        help="memory of each GPU, such as 80GiB or 141GB (default: 80GiB)",
     )
     parser.add_argument(
-        "--micro-batch", type=_at_least_one, help="sequences of a forward (default: the JSON's, else 1)"
+        "--micro-batch",
+        type=_at_least_one,
+        help="sequences of a forward, DeepSpeed's train_micro_batch_size_per_gpu (default: --config's, else 1)",
     )
     parser.add_argument(
         "--zero",
         choices=["auto", "0", "1", "2", "3"],
         default="auto",
-        help="ZeRO stage (default: %(default)s tries 1, 2, 3)",
+        help="ZeRO stage (default: --config's; without one 1, 2 and 3 are tried)",
     )
     parser.add_argument(
         "--lora",
@@ -102,16 +112,19 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="train LoRA adapters of this rank on all linears instead of the weights",
     )
     parser.add_argument(
-        "--offload-optimizer", action="store_true", help="keep masters and moments in the computers' memory"
+        "--offload-optimizer",
+        action="store_true",
+        help="DeepSpeed's offload_optimizer: fp32 weights and Adam's moments in the computers' memory",
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="DS_JSON",
-        help="a DeepSpeed JSON to start from; what its ds_seqpar key names is kept",
+        help="your DeepSpeed JSON: its micro batch, accumulation, ZeRO section and ds_seqpar key are kept",
     )
     parser.add_argument(
-        "--rates", help="h200, h100, or a file that `calibrate` made (default: what was calibrated here, else h200)"
+        "--rates",
+        help="speeds to predict times with: h200, h100, or a file of `calibrate` (default: this machine's, if calibrated, else h200)",
     )
     parser.add_argument("--write", type=Path, metavar="DS_JSON", help="write the DeepSpeed JSON of the best choice")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw memory, longest sequences and time as PNG files")
@@ -120,20 +133,19 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _request(options: argparse.Namespace) -> Any:
-    from ..hf import planned_config
-    from .choices import Request
+    from ..hf import is_encoder, planned_config
+    from .choices import MOST_GPUS, Request
 
     ds_config: dict[str, Any] = {}
     if options.config is not None:
-        try:
-            ds_config = json.loads(options.config.read_text())
-        except (OSError, ValueError) as problem:
-            raise ConfigError(f"{options.config} is no JSON file: {problem}") from problem
-        if not isinstance(ds_config, dict):
-            raise ConfigError(f"{options.config} holds no object")
-        if KEY in ds_config:
-            SeqParConfig.from_json(ds_config[KEY])
+        ds_config, notes = read_ds_config(options.config)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    if options.gpus > MOST_GPUS:
+        raise ConfigError(f"{options.gpus} GPUs are more than can be planned; at most {MOST_GPUS}")
     if options.offload_optimizer:
+        if options.zero == "0":
+            raise ConfigError("--offload-optimizer needs ZeRO: leave --zero 0 out, or use --zero 1, 2 or 3")
         section = ds_config.get("zero_optimization") or {}
         ds_config["zero_optimization"] = {**section, "offload_optimizer": {"device": "cpu"}}
     nodes = options.nodes or -(-options.gpus // 8)
@@ -144,13 +156,20 @@ def _request(options: argparse.Namespace) -> Any:
     stages: tuple[int, ...] = (1, 2, 3) if options.zero == "auto" else (int(options.zero),)
     if options.zero == "auto" and "stage" in (ds_config.get("zero_optimization") or {}):
         stages = (ds_config["zero_optimization"]["stage"],)
+    micro_batch = ds_config.get("train_micro_batch_size_per_gpu")
+    config = planned_config(options.model, dict(options.sizes))
+    if is_encoder(config):
+        raise ConfigError(
+            f"model type {config.model_type!r} is an encoder or an encoder-decoder, which can be trained but not planned; `plan` knows "
+            "causal language models"
+        )
     return Request(
-        config=planned_config(options.model, dict(options.sizes)),
+        config=config,
         seq=options.seq,
         gpus=options.gpus,
         nodes=nodes,
         gpu_memory=options.gpu_memory,
-        micro_batch=options.micro_batch or ds_config.get("train_micro_batch_size_per_gpu") or 1,
+        micro_batch=options.micro_batch or (1 if micro_batch in (None, AUTO) else micro_batch),
         stages=stages,
         ds_config=ds_config,
         lora_rank=options.lora or 0,
@@ -168,6 +187,10 @@ def run_plan(options: argparse.Namespace) -> int:
             print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
 
     try:
+        if options.write is not None:
+            require_writable(options.write)
+        if options.plot is not None:
+            require_writable(options.plot, folder=True)
         choices = choices_for(_request(options), load_rates(options.rates), tell, options.rows)
         tell("")
         if options.json:
@@ -183,7 +206,7 @@ def run_plan(options: argparse.Namespace) -> int:
             best = choices.best
             if best is None:
                 raise ConfigError(f"nothing fits, so {options.write} was not written")
-            options.write.write_text(json.dumps(choices.ds_config(best), indent=2) + "\n")
+            write_whole(options.write, json.dumps(choices.ds_config(best), indent=2) + "\n")
             print(f"wrote {options.write}", file=sys.stderr)
     except (SeqParError, OSError) as problem:
         print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
@@ -205,8 +228,15 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from .calibrate import calibrate
     from .rates import cache_file, save_rates
 
-    rates, path = calibrate(), options.out or cache_file()
-    save_rates(rates, path)
+    path = options.out or cache_file()
+    try:
+        if options.out is not None:
+            require_writable(path)
+        rates = calibrate()
+        save_rates(rates, path)
+    except (SeqParError, OSError) as problem:
+        print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 2
     for name, value in asdict(rates).items():
         print(f"{name:28s} {value}")
     print(f"wrote {path}")
@@ -219,11 +249,18 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="also say what becomes of this model: a folder, config.json or model type",
+        help="also say what becomes of this model: a folder, config.json, name on the Hub or model type",
     )
-    parser.add_argument("--tp-size", type=_at_least_one, default=2, help="of the model's plan (default: %(default)s)")
     parser.add_argument(
-        "--sizes", type=_sizes, nargs="+", default=[], metavar="NAME=VALUE", help="fields of the config to replace"
+        "--tp-size", type=_at_least_one, default=2, help="GPUs that MODEL is split over (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=_sizes,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="fields of the model's config.json to replace",
     )
 
 

@@ -56,10 +56,15 @@ class Zero:
             number("reduce_bucket_size", cls.reduce_bucket),
             number("stage3_max_live_parameters", cls.live_parameters),
             number("sub_group_size", cls.sub_group),
-            int(ds_config.get("gradient_accumulation_steps") or 1),
+            _whole(ds_config.get("gradient_accumulation_steps")),
             bool(half),
             bool(ds_config.get("gradient_clipping")) or bool((ds_config.get("fp16") or {}).get("enabled")),
         )
+
+
+def _whole(value: Any) -> int:
+    """1 for what a Trainer fills in ("auto")."""
+    return value if isinstance(value, int) and value >= 1 else 1
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ def _time(choices: Choices, path: Path) -> Path:
         "attention": [c.time.attention for c in shown],
         "elementwise": [c.time.elementwise for c in shown],
         "exposed communication": [c.time.exposed for c in shown],
+        "waits for the host": [c.time.host for c in shown],
         "data-parallel communication": [c.time.data_parallel for c in shown],
         "optimizer": [c.time.optimizer for c in shown],
     }

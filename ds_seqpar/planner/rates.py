@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .given import write_whole
 
-__all__ = ["Rates", "cache_file", "load_rates", "save_rates"]
+__all__ = ["OLDER", "Rates", "cache_file", "load_rates", "save_rates"]
 
+OLDER = "the host's times are the H100's, for this file has none: `python -m ds_seqpar calibrate` measures them"
 Points = tuple[tuple[int, float], ...]
 """(tokens of a forward, rate) in rising order; between them by the logarithm of the tokens, beyond them as at the end."""
 
@@ -35,6 +37,11 @@ class Rates:
     host_gb_per_s: float = (
         40.0  # the same of an offloaded optimizer, a GPU's share of the computer's memory: an assumption
     )
+    # What Python takes to launch work, microseconds. Defaults are the H100's machine's (rates/h100.json).
+    host_forward_us: float = 119.0  # an operation of ds_seqpar's layers in forward
+    host_backward_us: float = 68.5  # in backward
+    host_plain_us: float = 20.0  # an operation of transformers' own layers, either way: an assumption
+    host_engine_us: float = 105.0  # DeepSpeed's, for each trained parameter: of a micro batch, and again of a step
 
     def at(self, points: Points, tokens: int) -> float:
         """The rate of a forward of `tokens`."""
@@ -53,12 +60,16 @@ def _shipped() -> dict[str, Rates]:
 def _read(path: Path) -> Rates:
     try:
         values: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(values, dict) or "gemm_tflops" not in values:
+            raise TypeError("it holds no rates")
         known = {field.name for field in fields(Rates)}
         if unknown := set(values) - known:
             raise ConfigError(f"{path} has unknown fields {sorted(unknown)}; known fields: {sorted(known)}")
         for name, value in values.items():
             if name.endswith("_tflops"):
                 values[name] = tuple((int(tokens), float(rate)) for tokens, rate in value)
+        if not any(name.startswith("host_") and name.endswith("_us") for name in values):
+            values["source"] = f"{values.get('source', '')}; {OLDER}"
         rates = Rates(**values)
         positive = [x for x in asdict(rates).values() if isinstance(x, float)]
         positive += [rate for p in vars(rates).values() if isinstance(p, tuple) for _, rate in p]
@@ -97,4 +108,4 @@ def load_rates(wanted: str | None = None) -> Rates:
 def save_rates(rates: Rates, path: Path) -> None:
     """Writes them as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(rates), indent=2) + "\n")
+    write_whole(path, json.dumps(asdict(rates), indent=2) + "\n")

@@ -70,6 +70,9 @@ class StepTrace:
     dtype_bytes: int
     symmetric_bytes: int
     tokens: int
+    trained_tensors_around: int = 0
+    trained_tensors_layers: list[int] = field(default_factory=list)  # of each traced layer
+    plain: bool = False  # transformers' own layers
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -126,14 +129,24 @@ class StepTrace:
         return self.trainable_around + self._over_layers(self.trainable_layers)
 
     @property
+    def trained_tensors(self) -> int:
+        """Parameters by their number, not their size."""
+        return self.trained_tensors_around + self._over_layers(self.trained_tensors_layers)
+
+    @property
+    def forward_work(self) -> Work:
+        """Of the forward, the head's gradients in it."""
+        return _sum(self.before, *map(self.forward, range(self.num_layers)), self.head)
+
+    @property
+    def backward_work(self) -> Work:
+        """Of the backward."""
+        return _sum(self.backward_head, *map(self.backward, range(self.num_layers)), self.after)
+
+    @property
     def work(self) -> Work:
         """Of the whole step."""
-        total = Work()
-        layers = range(self.num_layers)
-        around = (self.before, self.head, self.backward_head, self.after)
-        for segment in (*around, *map(self.forward, layers), *map(self.backward, layers)):
-            total = total.plus(segment.work)
-        return total
+        return self.forward_work.plus(self.backward_work)
 
     @property
     def held(self) -> dict[str, int]:
@@ -143,6 +156,13 @@ class StepTrace:
             for why, nbytes in segment.grew.items():
                 total[why] = total.get(why, 0) + nbytes
         return {why: nbytes for why, nbytes in total.items() if nbytes}
+
+
+def _sum(*segments: Segment) -> Work:
+    total = Work()
+    for segment in segments:
+        total = total.plus(segment.work)
+    return total
 
 
 def trace_step(
@@ -276,14 +296,8 @@ class _Run:
         on_gpu: bool,
         plain: bool,
     ) -> None:
-        self.model, self.key, self.kinds, self.tracker, self.mode, self.on_gpu = (
-            model,
-            key,
-            kinds,
-            tracker,
-            mode,
-            on_gpu,
-        )
+        self.model, self.key, self.kinds, self.tracker = model, key, kinds, tracker
+        self.mode, self.on_gpu, self.plain = mode, on_gpu, plain
         facts = describe(model)
         loss = causal_lm_loss(model)
         if facts.head is None or loss is None:
@@ -386,7 +400,11 @@ class _Run:
         def elements(module: nn.Module, trained: bool) -> int:
             return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
+        def tensors(module: nn.Module) -> int:
+            return sum(p.requires_grad for p in module.parameters())
+
         layer_parameters = [elements(layer, False) for layer in self.layers]
+        tensors_layers = [tensors(layer) for layer in self.layers]
         trainable_layers = [elements(layer, True) for layer in self.layers]
         everything = list(self.model.parameters())
         return StepTrace(
@@ -400,5 +418,8 @@ class _Run:
             dtype_bytes=max(p.element_size() for p in everything),
             symmetric_bytes=self.exchange.symmetric_bytes,
             tokens=tokens,
+            trained_tensors_around=tensors(self.model) - sum(tensors_layers),
+            trained_tensors_layers=tensors_layers,
+            plain=self.plain,
             remarks=self.remarks,
         )

@@ -8,8 +8,9 @@ from .memory import Zero
 from .optimizer import step_bytes
 from .rates import Rates
 from .step import StepTrace
+from .trace import Work
 
-__all__ = ["StepTime", "predict"]
+__all__ = ["StepTime", "launched", "predict"]
 
 
 @dataclass(frozen=True)
@@ -20,18 +21,33 @@ class StepTime:
     attention: float
     elementwise: float
     exposed: float  # communication of the tensor-parallel group that nothing hides
-    data_parallel: float  # the same over the data-parallel ranks
-    optimizer: float
+    host: float  # the GPU waits for Python to launch work, or for DeepSpeed around forward and backward
+    data_parallel: float  # the same as `exposed` over the data-parallel ranks
+    optimizer: float  # DeepSpeed's loops over the parameters in it
 
     @property
     def forward_backward(self) -> float:
         """All micro batches, without what data-parallel ranks exchange."""
-        return self.gemm + self.attention + self.elementwise + self.exposed
+        return self.gemm + self.attention + self.elementwise + self.exposed + self.host
 
     @property
     def total(self) -> float:
         """The step."""
         return self.forward_backward + self.data_parallel + self.optimizer
+
+
+@dataclass(frozen=True)
+class _OnGpu:
+    """Milliseconds of a forward or a backward if the host were infinitely fast."""
+
+    gemm: float
+    attention: float
+    elementwise: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        return self.gemm + self.attention + self.elementwise + self.exposed
 
 
 def predict(trace: StepTrace, rates: Rates, zero: Zero, *, tp_size: int, dp_size: int, gpus_per_node: int) -> StepTime:
@@ -42,29 +58,55 @@ def predict(trace: StepTrace, rates: Rates, zero: Zero, *, tp_size: int, dp_size
     scatters gradients, beside computation as far as that lasts. It is at the links' rate between nodes as soon as a
     data-parallel group spans more than one.
     """
-    work, times = trace.work, zero.accumulation
-    compute = [
-        times * 1e3 * flops / 1e12 / rates.at(points, trace.tokens)
-        for flops, points in (
-            (work.gemm_flops, rates.gemm_tflops),
-            (work.attention_flops, rates.attention_forward_tflops),
-            (work.attention_backward_flops, rates.attention_backward_tflops),
-        )
-    ]
-    elementwise = times * 1e3 * work.traffic_bytes / 1e9 / rates.traffic_gb_per_s
-    transfers = (work.moves + work.waits) if tp_size > 1 else 0
-    waited = work.waited_bytes * (tp_size - 1) / tp_size / 1e9 / rates.peer_gb_per_s
-    exposed = times * (1e-3 * rates.exposed_us_per_transfer * transfers + 1e3 * waited)
+    times, tensors = zero.accumulation, trace.trained_tensors
+    forward, backward = (
+        _on_gpu(work, rates, trace.tokens, tp_size) for work in (trace.forward_work, trace.backward_work)
+    )
+    engine = 1e-3 * rates.host_engine_us * tensors
+    host = _waits_for_host(trace, rates, forward.total, backward.total, tp_size) + engine
     within = rates.peer_gb_per_s if tp_size * dp_size <= gpus_per_node else rates.node_gb_per_s
     share = (dp_size - 1) / dp_size / 1e9 / within * 1e3
     gradients, weights = trace.trainable * trace.dtype_bytes, trace.parameters * trace.dtype_bytes
     if zero.stage == 3:
-        busy = sum(compute) + elementwise
+        busy = times * sum(x.gemm + x.attention + x.elementwise for x in (forward, backward))
         traffic = times * (2 * weights + gradients) * share
         data_parallel = max(0.05 * traffic, traffic - busy)
     else:
         data_parallel = (2 * gradients if zero.stage == 0 else gradients + gradients) * share
     updated = trace.trainable / (dp_size if zero.stage else 1)
     rate = rates.host_gb_per_s if zero.offload_optimizer else rates.optimizer_gb_per_s
-    optimizer = updated * step_bytes(zero, trace.dtype_bytes) / 1e6 / rate
-    return StepTime(compute[0], compute[1] + compute[2], elementwise, exposed, data_parallel, optimizer)
+    optimizer = updated * step_bytes(zero, trace.dtype_bytes) / 1e6 / rate + engine
+    kinds = {name: times * (value + getattr(backward, name)) for name, value in vars(forward).items()}
+    return StepTime(**kinds, host=times * host, data_parallel=data_parallel, optimizer=optimizer)
+
+
+def _on_gpu(work: Work, rates: Rates, tokens: int, tp_size: int) -> _OnGpu:
+    attention = work.attention_flops / rates.at(rates.attention_forward_tflops, tokens)
+    attention += work.attention_backward_flops / rates.at(rates.attention_backward_tflops, tokens)
+    transfers = (work.moves + work.waits) if tp_size > 1 else 0
+    waited = work.waited_bytes * (tp_size - 1) / tp_size / 1e6 / rates.peer_gb_per_s
+    return _OnGpu(
+        gemm=work.gemm_flops / 1e9 / rates.at(rates.gemm_tflops, tokens),
+        attention=attention / 1e9,
+        elementwise=work.traffic_bytes / 1e6 / rates.traffic_gb_per_s,
+        exposed=1e-3 * rates.exposed_us_per_transfer * transfers + waited,
+    )
+
+
+def launched(work: Work, tp_size: int) -> int:
+    """Operations of the host. A transfer that overlaps is a barrier, and a piece of its product for every rank of the group."""
+    return work.operations + (tp_size + 1) * work.moves
+
+
+def _waits_for_host(trace: StepTrace, rates: Rates, forward: float, backward: float, tp_size: int) -> float:
+    """Milliseconds a micro batch that the GPU waits, which needs `forward` and `backward` if it never does.
+
+    A forward begins with nothing queued: the comparison of inputs and the optimizer's step before it read values. From there the host
+    launches and the GPU follows; backward can be launched while forward still runs.
+    """
+    rate = (
+        (rates.host_plain_us, rates.host_plain_us) if trace.plain else (rates.host_forward_us, rates.host_backward_us)
+    )
+    host_forward = 1e-3 * rate[0] * launched(trace.forward_work, tp_size)
+    host_backward = 1e-3 * rate[1] * launched(trace.backward_work, tp_size)
+    return max(0.0, host_forward - forward, host_forward + host_backward - forward - backward)

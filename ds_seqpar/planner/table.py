@@ -10,16 +10,24 @@ from .choices import Choice, Choices
 __all__ = ["as_json", "print_table", "summary"]
 
 GIB = 2.0**30
+LEGEND = (
+    "GiB a GPU: weights, gradients, optimizer; held: activations kept for backward; logits: what the loss needs; total: with CUDA and NCCL",
+    "ms a step: products (GEMM), attention, elementwise; exposed: communication within a sequence's GPUs that nothing hides; host: the GPU "
+    "waits for Python; DP: communication between data-parallel ranks",
+    "way: ds_seqpar N, Ulysses N: N GPUs share a sequence; ZeRO-3 alone: none do. longest: the longest sequence that fits this way",
+)
+HOST_LIMITED = 0.2
+"""Share of a step that the GPU waits, from which a user is told."""
 COLUMNS = (
     "", "way", "ZeRO", "recompute", "weights", "grads", "optim", "held", "logits", "peak", "total GiB", "ms", "GEMM", "attn", "elem",
-    "exposed", "DP", "optim ms", "tok/s/GPU", "longest",
+    "exposed", "host", "DP", "optim ms", "tok/s/GPU", "longest",
 )  # fmt: skip
 
 
 def _row(choice: Choice) -> tuple[str, ...]:
     m, t = choice.memory, choice.time
     gib = (m.weights + m.gathered, m.gradients, m.optimizer, m.held_bytes, m.logits, max(m.peak, m.peak_step), m.total)
-    ms = (t.total, t.gemm, t.attention, t.elementwise, t.exposed, t.data_parallel, t.optimizer)
+    ms = (t.total, t.gemm, t.attention, t.elementwise, t.exposed, t.host, t.data_parallel, t.optimizer)
     return (
         "fits" if choice.fits else "no",
         choice.name,
@@ -34,7 +42,11 @@ def _row(choice: Choice) -> tuple[str, ...]:
 
 def summary(choices: Choices) -> list[str]:
     """Lines under the table."""
-    lines = [f"rates: {choices.rates.name} ({choices.rates.source})"]
+    lines = [*LEGEND, f"rates: {choices.rates.name} ({choices.rates.source})"]
+    if choices.rates.name == "CPU":
+        lines.append(
+            "these are a CPU's rates, and so are the times: for GPUs use --rates h100 or h200, or calibrate on one"
+        )
     lines += [f"not planned: {name}: {why}" for name, why in choices.refused.items()]
     best = choices.best
     if best is None:
@@ -46,6 +58,11 @@ def summary(choices: Choices) -> list[str]:
         lines.append(
             f"best: {best.name}, ZeRO {best.stage}, recompute {best.recompute.value}; held GiB by kind: {held}"
         )
+        if best.time.host > HOST_LIMITED * best.time.total:
+            lines.append(
+                f"the host is the limit here: in {best.time.host:.0f} of a step's {best.time.total:.0f} ms the GPU waits for Python to "
+                "launch its work; longer sequences or a larger --micro-batch cost little"
+            )
     return lines
 
 
@@ -55,7 +72,7 @@ def print_table(choices: Choices, rows: int = 12) -> None:
     request = choices.request
     title = (
         f"{request.config.model_type}, {request.micro_batch} x {request.seq:,} tokens, {request.gpus} GPUs of "
-        f"{request.gpu_memory / GIB:.0f} GiB on {request.nodes} node(s)"
+        f"{request.gpu_memory / GIB:.4g} GiB on {request.nodes} node{'s' if request.nodes > 1 else ''}"
     )
     try:
         from rich.console import Console

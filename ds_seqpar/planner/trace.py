@@ -37,6 +37,7 @@ class Work:
     moves: int = 0
     waited_bytes: float = 0.0  # by collectives that nothing hides
     waits: int = 0
+    operations: int = 0  # that the host launches, but for what a transfer's overlap adds
 
     def plus(self, other: Work, times: float = 1.0) -> Work:
         """self + times * other."""
@@ -145,10 +146,12 @@ class Tracker(TorchDispatchMode):
             self.work.attention_backward_flops += flops
         else:
             self.work.attention_flops += flops
+        self.work.operations += 1
 
     def multiplies(self, m: int, k: int, n: int) -> None:
         """A matrix product [m, k] @ [k, n] ran that is no operation of the fake tensors."""
         self.work.gemm_flops += 2.0 * m * k * n
+        self.work.operations += 1
 
     def travels(self, how: str, nbytes: int) -> None:
         """This rank received `nbytes` from its group: "exchange" overlaps with products, "collective" is waited for."""
@@ -181,13 +184,16 @@ class Tracker(TorchDispatchMode):
                 self.attends(flops, backward="backward" in packet.__name__)
             else:
                 self.work.gemm_flops += flops
+                self.work.operations += 1
             return
         if func.namespace == "c10d":
+            self.work.operations += 1
             given = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
             self.travels("collective", max((x.nbytes for x in given), default=0))
             return
         if func.is_view or packet.__name__ in _FREE:
             return
+        self.work.operations += 1
         if packet.__name__ == "embedding":  # reads the rows that it finds
             self.work.traffic_bytes += 2 * _bytes(results[0])
             return

@@ -1,0 +1,117 @@
+"""Measures how fast this machine's host launches work, in a process of its own: it needs a process group, which planning must not find.
+
+A small model takes forward and backward with few tokens, so that the time until they return is Python's. The same model is traced,
+and its operations are counted as those of a plan are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..config import SeqParConfig
+from ..groups import ParallelGroups
+from ..hf import causal_lm_loss, describe, planned_config, planned_model
+from ..inject import inject
+from ..layers.loss import CausalLMLoss
+from .step import trace_step
+
+__all__ = ["HostRates", "measure_host"]
+
+HostRates = dict[str, float]
+"""`host_forward_us`, `host_backward_us` and `host_plain_us` of `Rates`."""
+ANSWER = "MEASURED "
+SIZES = dict(
+    hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    vocab_size=512,
+)  # fmt: skip
+TOKENS, STEPS = 64, 15
+LIMIT_S = 180
+
+
+def measure_host(on_gpu: bool) -> HostRates | None:
+    """On the first GPU or the CPU; None if the process that measures fails."""
+    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    root = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH")) if x)
+    if not on_gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    ask = f"import sys; from {__name__} import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", ask, "cuda" if on_gpu else "cpu"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    line = next((x for x in done.stdout.splitlines() if x.startswith(ANSWER)), None)
+    return None if line is None else json.loads(line.removeprefix(ANSWER))
+
+
+def _operations(plain: bool) -> tuple[int, int]:
+    """Of a forward and of a backward."""
+    trace = trace_step(
+        planned_config("llama", SIZES), SeqParConfig.from_json({"tp_size": 1}), batch=1, seq=TOKENS, plain=plain
+    )
+    return trace.forward_work.operations, trace.backward_work.operations
+
+
+def _seconds(model: Any, device: torch.device) -> tuple[float, float]:
+    """Until a forward and a backward return, medians; the device is idle when they begin."""
+    ids = torch.zeros((1, TOKENS), dtype=torch.int64, device=device)
+    found = []
+    for _ in range(STEPS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        forwarded = time.perf_counter()
+        loss.backward()
+        found.append((forwarded - begin, time.perf_counter() - forwarded))
+    forward, backward = zip(*found[3:], strict=True)
+    return statistics.median(forward), statistics.median(backward)
+
+
+def _shard(model: Any) -> None:
+    """As the engine does, without DeepSpeed."""
+    ranks, loss = dist.group.WORLD, causal_lm_loss(model)
+    assert ranks is not None and loss is not None
+    groups = ParallelGroups(ranks, dist.new_group(backend="gloo"), 1, 0)
+    inject(model, describe(model), SeqParConfig(tp_size=1), groups)
+    model.loss_function = CausalLMLoss(loss)
+
+
+def _measure(device: torch.device) -> HostRates:
+    counted = {plain: _operations(plain) for plain in (False, True)}  # before there is a process group
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/ranks", rank=0, world_size=1)
+        model: Any = planned_model(planned_config("llama", SIZES), torch.bfloat16).to_empty(device=device).train()
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.zero_()
+        plain = sum(_seconds(model, device))
+        model.zero_grad()
+        _shard(model)
+        forward, backward = _seconds(model, device)
+        dist.destroy_process_group()
+    return {
+        "host_forward_us": 1e6 * forward / counted[False][0],
+        "host_backward_us": 1e6 * backward / counted[False][1],
+        "host_plain_us": 1e6 * plain / sum(counted[True]),
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Answers on standard output."""
+    print(ANSWER + json.dumps(_measure(torch.device("cuda:0" if argv[0] == "cuda" else "cpu"))), flush=True)
+    return 0
