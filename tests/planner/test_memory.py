@@ -135,9 +135,12 @@ def rows(
     return _rows_of([f"2026-11-23_h200x2_{name}" for name in of], arms)
 
 
-def h100_rows(*arms: str) -> list[dict[str, Any]]:
-    """Of the committed comparisons on two and four H100."""
-    return _rows_of(["2026-11-27_h100x2_compare", "2026-11-27_h100x4_compare"], arms)
+H100_RUNS = ("h100x2_compare", "h100x2_all_arms", "h100x4_compare", "h100x4_second_compare")
+
+
+def h100_rows(*arms: str, of: tuple[str, ...] = H100_RUNS) -> list[dict[str, Any]]:
+    """Of the committed comparisons on two and four H100, 8 and 32 layers."""
+    return [row for row in _rows_of([f"2026-11-27_{name}" for name in of], arms) if row["model"] == "8b"]
 
 
 def _rows_of(names: list[str], arms: tuple[str, ...]) -> list[dict[str, Any]]:
