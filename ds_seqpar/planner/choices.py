@@ -249,6 +249,9 @@ class _Planner:
             found = min(most, _meets(points, budget)) // SHORTEST * SHORTEST
             if found in points or found < SHORTEST:
                 return max(0, found)
+            rises = points[request.seq] < points[2 * request.seq]
+            if rises and found > 4 * TRACED:  # longer than anybody's
+                return found
             if found > TRACED:  # on the line that holds far out, which two short lengths may not be on
                 far = [seq for seq in (TRACED, TRACED // 2) if seq > 2 * request.seq and seq not in points]
                 if not far:
