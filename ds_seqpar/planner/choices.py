@@ -28,8 +28,8 @@ FREE = 0.03
 SHORTEST = 64
 MOST_TOKENS = 1 << 27
 MOST_GPUS = 1 << 20
-TRACED = 1 << 20
-"""Tokens beyond which a trace takes too long to look for the longest sequence with."""
+TRACED = 64
+"""Chunks of the loss beyond which a trace takes too long to look for the longest sequence with."""
 
 
 @dataclass(frozen=True)
@@ -229,37 +229,39 @@ class _Planner:
     def longest(self, choice: Choice) -> int:
         """The most tokens a sequence can have, a multiple of SHORTEST; 0 if not even SHORTEST fit.
 
-        Memory is the highest of several straight lines in the tokens, so the line through a length that fits and one that does
-        not meets the budget at a length that fits. Beyond TRACED tokens the line through it and its half goes on.
+        What forward and backward need, and what the optimizer's step does, are each the highest of several straight lines in the
+        tokens, so the line through a length that fits and one that does not meets the budget at a length that fits. Beyond TRACED
+        chunks of the loss the line through that length and its half goes on, in whole chunks.
         """
         request = self.request
         budget, zero = request.gpu_memory * (1 - FREE), replace(request.zero, stage=choice.stage)
-        points: dict[int, int] = {}
+        points: dict[int, MemoryEstimate] = {}
         most = MOST_TOKENS // request.micro_batch
+        chunk: int = self.key.get("loss_chunk_tokens", SeqParConfig.loss_chunk_tokens)
+        traced = TRACED * chunk
 
         def at(seq: int) -> bool:
             trace = self.trace(choice.strategy, choice.split, choice.recompute, seq)
             if trace is not None:
-                points[seq] = self.memory(trace, zero, choice.strategy, choice.split)[0].total
+                points[seq] = self.memory(trace, zero, choice.strategy, choice.split)[0]
             return trace is not None
 
         if not (at(request.seq) and at(2 * request.seq)):
             return 0
         for _ in range(8):
-            found = min(most, _meets(points, budget)) // SHORTEST * SHORTEST
+            passes = {seq: memory.peak + memory.beside for seq, memory in points.items()}
+            steps = {seq: memory.peak_step + memory.beside for seq, memory in points.items()}
+            found = min(most, _meets(passes, budget), _meets(steps, budget)) // SHORTEST * SHORTEST
             if found in points or found < SHORTEST:
                 return max(0, found)
-            rises = points[request.seq] < points[2 * request.seq]
-            if rises and found > 4 * TRACED:  # longer than anybody's
-                return found
-            if found > TRACED:  # on the line that holds far out, which two short lengths may not be on
-                far = [seq for seq in (TRACED, TRACED // 2) if seq > 2 * request.seq and seq not in points]
+            if found > traced:  # on the line that holds far out, which two short lengths may not be on
+                far = [seq for seq in (traced, traced // 2) if seq > 2 * request.seq and seq not in points]
                 if not far:
-                    return found
+                    return found // chunk * chunk
                 found = far[0]
             if not at(found):
                 return 0
-        return max((seq for seq, nbytes in points.items() if nbytes <= budget), default=0)
+        return max((seq for seq, memory in points.items() if memory.total <= budget), default=0)
 
 
 def _meets(points: Mapping[int, int], budget: float) -> int:

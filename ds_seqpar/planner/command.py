@@ -134,15 +134,13 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _request(options: argparse.Namespace) -> Any:
     from ..hf import is_encoder, planned_config
-    from .choices import MOST_GPUS, Request
+    from .choices import Request
 
     ds_config: dict[str, Any] = {}
     if options.config is not None:
         ds_config, notes = read_ds_config(options.config)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-    if options.gpus > MOST_GPUS:
-        raise ConfigError(f"{options.gpus} GPUs are more than can be planned; at most {MOST_GPUS}")
     if options.offload_optimizer:
         if options.zero == "0":
             raise ConfigError("--offload-optimizer needs ZeRO: leave --zero 0 out, or use --zero 1, 2 or 3")

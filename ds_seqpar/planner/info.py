@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-import warnings
 from typing import Any
 
 import torch
@@ -102,8 +101,7 @@ def _transport(count: int) -> str:
 def model_report(source: str, sizes: dict[str, Any], tp_size: int) -> str:
     """The Report of a model's injection, from its config alone: what is cut, fused, left, and why."""
     config = planned_config(source, sizes)
-    with warnings.catch_warnings(), fake_groups(tp_size) as groups:
-        warnings.simplefilter("ignore")  # fake tensors warn about data_ptr(), compared with itself only
+    with fake_groups(tp_size) as groups:
         model = planned_model(config, torch.bfloat16)
         without_memory(model)
         return str(inject(model, describe(model), SeqParConfig(tp_size=tp_size), groups, has_values=False))

@@ -13,8 +13,10 @@ from typing import Any
 from ..errors import ConfigError
 from .given import write_whole
 
-__all__ = ["OLDER", "Rates", "cache_file", "load_rates", "save_rates"]
+__all__ = ["HOST", "OLDER", "Rates", "cache_file", "load_rates", "save_rates"]
 
+SHIPPED = Path(__file__).with_name("rates")
+HOST = ("host_forward_us", "host_backward_us", "host_plain_us", "host_engine_us")
 OLDER = "the host's times are the H100's, for this file has none: `python -m ds_seqpar calibrate` measures them"
 Points = tuple[tuple[int, float], ...]
 """(tokens of a forward, rate) in rising order; between them by the logarithm of the tokens, beyond them as at the end."""
@@ -33,15 +35,15 @@ class Rates:
     peer_gb_per_s: float  # received by a GPU from its tensor-parallel group
     exposed_us_per_transfer: float  # of a transfer that overlaps; the rest of it hides
     optimizer_gb_per_s: float  # read and written by the optimizer's step
+    # What Python takes to launch work, microseconds.
+    host_forward_us: float  # an operation of ds_seqpar's layers in forward
+    host_backward_us: float  # in backward
+    host_plain_us: float  # an operation of transformers' own layers, either way: an assumption where it is shipped
+    host_engine_us: float  # DeepSpeed's, for each trained parameter: of a micro batch, and again of a step
     node_gb_per_s: float = 40.0  # a GPU's share of the links between nodes: an assumption, 400 Gb/s at 80 %
     host_gb_per_s: float = (
         40.0  # the same of an offloaded optimizer, a GPU's share of the computer's memory: an assumption
     )
-    # What Python takes to launch work, microseconds. Defaults are the H100's machine's (rates/h100.json).
-    host_forward_us: float = 119.0  # an operation of ds_seqpar's layers in forward
-    host_backward_us: float = 68.5  # in backward
-    host_plain_us: float = 20.0  # an operation of transformers' own layers, either way: an assumption
-    host_engine_us: float = 105.0  # DeepSpeed's, for each trained parameter: of a micro batch, and again of a step
 
     def at(self, points: Points, tokens: int) -> float:
         """The rate of a forward of `tokens`."""
@@ -54,7 +56,7 @@ class Rates:
 
 
 def _shipped() -> dict[str, Rates]:
-    return {path.stem: _read(path) for path in sorted(Path(__file__).with_name("rates").glob("*.json"))}
+    return {path.stem: _read(path) for path in sorted(SHIPPED.glob("*.json"))}
 
 
 def _read(path: Path) -> Rates:
@@ -68,8 +70,9 @@ def _read(path: Path) -> Rates:
         for name, value in values.items():
             if name.endswith("_tflops"):
                 values[name] = tuple((int(tokens), float(rate)) for tokens, rate in value)
-        if not any(name.startswith("host_") and name.endswith("_us") for name in values):
-            values["source"] = f"{values.get('source', '')}; {OLDER}"
+        if not any(name in values for name in HOST):
+            h100 = json.loads((SHIPPED / "h100.json").read_text())
+            values |= {name: h100[name] for name in HOST} | {"source": f"{values.get('source', '')}; {OLDER}"}
         rates = Rates(**values)
         positive = [x for x in asdict(rates).values() if isinstance(x, float)]
         positive += [rate for p in vars(rates).values() if isinstance(p, tuple) for _, rate in p]

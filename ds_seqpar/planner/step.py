@@ -191,9 +191,7 @@ def trace_step(
         PlanError: the model cannot be sharded exactly, or its code asks for values while it runs.
     """
     with warnings.catch_warnings(), fake_groups(key.tp_size, tp_rank) as groups:
-        warnings.simplefilter(
-            "ignore"
-        )  # of no use to who plans; fake tensors warn about data_ptr(), compared with itself only
+        warnings.simplefilter("ignore")  # of no use to who plans
         model = planned_model(config, dtype)
         if lora_rank:
             _adapt(model, lora_rank)
