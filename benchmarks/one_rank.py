@@ -19,7 +19,7 @@ from typing import Any
 
 from harness.ranks import import_once
 
-SEED, WARMUP_STEPS, TIMED_STEPS = 0, 2, 9
+SEED, WARMUP_STEPS = 0, 2
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,6 +27,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--late", type=float, nargs="+", default=[0.0, 50.0], help="us, the mean; a case each")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=9, help="timed (%(default)s)")
     parser.add_argument("--trace", action="store_true", help="profile one step more")
     parser.add_argument("--out", type=Path, default=Path("build/one_rank"))
     return parser.parse_args(argv)
@@ -163,14 +164,14 @@ def main(argv: list[str] | None = None) -> int:
                 peer.begin(late)
                 run_steps(model, tokens, WARMUP_STEPS)
                 peer.begin(late)
-                times = sorted(run_steps(model, tokens, TIMED_STEPS))
+                times = sorted(run_steps(model, tokens, args.steps))
                 line = {
                     "tokens": count,
                     "layers": args.layers,
                     "late_us": late,
-                    "fwd_bwd_ms": round(times[TIMED_STEPS // 2], 2),
+                    "fwd_bwd_ms": round(times[args.steps // 2], 2),
                 }
-                line |= {"barriers": peer.waits // TIMED_STEPS}
+                line |= {"barriers": peer.waits // args.steps}
                 if args.trace:
                     line |= {"trace": trace(model, tokens, args.out / "trace.json")}
                 with open(args.out / "one_rank.jsonl", "a") as file:

@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.ranks import Ranks, import_once
 
-STEPS = 3
+STEPS, FREE_STEPS = 3, 5
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,6 +28,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", choices=["none", "full"], default="none")
     parser.add_argument("--zero", type=int, choices=[0, 1], default=1)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument(
+        "--free", action="store_true", help="steps one after another as compare.py runs them, every rank, the GPU's side alone"
+    )
     parser.add_argument("--rows", type=int, default=40, help="kernels and host ops listed (%(default)s)")
     parser.add_argument("--trace", action="store_true", help="keep the chrome trace of rank 0 (.json.gz)")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds an arm may take (%(default)s)")
@@ -80,6 +83,74 @@ def profile(case: Any, args: argparse.Namespace) -> None:
             sort_by="self_cpu_time_total", row_limit=args.rows, max_name_column_width=60
         )
         (args.out / f"{name}.host.txt").write_text(table)
+
+
+def profile_free(case: Any, args: argparse.Namespace) -> None:
+    """On a rank: the same without the host's side and without waiting, which hides how far the host is ahead; marks are kernels."""
+    import torch
+    import torch.distributed as dist
+    from arms import ARMS
+    from harness.measure import WARMUP_STEPS, attention_kernel, device_of_rank
+    from harness.weights import tokens_of
+
+    device = device_of_rank()
+    tokens = tokens_of(case, device)
+    workload = ARMS[case.arm].build(case)
+
+    def steps(count: int) -> list[float]:
+        dist.barrier()
+        torch.cuda.synchronize(device)
+        marks = []
+        for _ in range(count):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            torch.cuda._sleep(1)
+            workload.backward(workload.forward(tokens))
+            torch.cuda._sleep(1)
+            end.record()
+            workload.step()
+            marks.append((start, end))
+        torch.cuda.synchronize(device)
+        return [start.elapsed_time(end) for start, end in marks]
+
+    with attention_kernel(case.attention):
+        steps(WARMUP_STEPS)
+        plain = sorted(steps(FREE_STEPS))[FREE_STEPS // 2]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            steps(FREE_STEPS)
+    name = args.out / f"{case.arm}_{case.tokens}.rank{dist.get_rank()}"
+    profiler.export_chrome_trace(f"{name}.json")
+    Path(f"{name}.ms").write_text(f"{plain}")
+
+
+def free_text_of(case: Any, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The report of one arm over all ranks, and its figures by rank."""
+    from harness.trace import between_marks, gpu_activities, stalls, summarise
+
+    lines = [f"# {case.arm}, {case.tokens} tokens, {case.layers} layers, SDPA {case.attention}, steps one after another"]
+    figures: dict[str, Any] = {}
+    for trace in sorted(args.out.glob(f"{case.arm}_{case.tokens}.rank*.json")):
+        plain = trace.with_suffix(".ms")
+        activities = gpu_activities(json.loads(trace.read_text())["traceEvents"])
+        steps = between_marks(activities, "spin_kernel")[1:]  # the first has no step before it to hide the host behind
+        middle = sorted(steps, key=lambda step: summarise(step)["span"])[len(steps) // 2]
+        rank, figure = trace.stem.rsplit(".", 1)[1], summarise(middle)
+        figures[rank] = {**figure, "unprofiled_ms": float(plain.read_text())}
+        lines += ["", f"## {rank}: forward + backward, ms; {float(plain.read_text()):.2f} without the profiler"]
+        lines += [f"{'first to last kernel':24}{figure['span']:9.2f}"]
+        lines += [f"{kind:24}{ms:9.2f}  {figure['kernels'][kind]:6} launches" for kind, ms in figure["classes"].items()]
+        lines += [f"{'exposed':24}{figure['exposed']:9.2f}", f"{'idle':24}{figure['idle']:9.2f}"]
+        lines += ["nothing computes, ms (of it communication runs):"]
+        lines += [
+            f"  {s['ms']:7.3f} ({s['communication_ms']:6.3f}) {s['times']:4} x  after {s['after']}  before {s['before']}"
+            for s in stalls(middle)[: args.rows]
+        ]
+        if args.trace:
+            with open(trace, "rb") as source, gzip.open(f"{trace}.gz", "wb") as target:
+                shutil.copyfileobj(source, target)
+        trace.unlink()
+        plain.unlink()
+    return "\n".join(lines), figures
 
 
 def text_of(case: Any, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -164,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
             world = 1 if ARMS[arm].one_rank else args.ranks
             ranks = Ranks(
                 world,
-                profile,
+                profile_free if args.free else profile,
                 case,
                 args,
                 log=args.out / f"{arm}_{tokens}.log",
@@ -174,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
                 good = False
                 print(f"{arm}, {tokens} tokens: failed\n{ranks.error()}", flush=True)
                 continue
-            text, figures = text_of(case, args)
+            text, figures = (free_text_of if args.free else text_of)(case, args)
             (args.out / f"{arm}_{tokens}.txt").write_text(text + "\n")
             with open(summary, "a") as file:
                 file.write(json.dumps({"arm": arm, "tokens": tokens, "attention": case.attention, **figures}) + "\n")

@@ -67,9 +67,10 @@ from .layers.boundaries import ShardedBlock
 from .layers.linear import ColumnParallelLinear
 from .layers.loss import CausalLMLoss
 from .layers.region import ShardingState
+from .own_gradients import leave_gradients, left_in_place
 from .plan.report import ParameterEntry, Report
 from .planner.startup import CudaMeter, MemoryCheck, Meter, question_of
-from .translation import section, translated
+from .translation import section, translated, waits_to_time
 
 __all__ = [
     "data_parallel_group", "export", "groups_of", "initialize", "patch", "shard", "whole_parameter",
@@ -385,6 +386,13 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     check = getattr(engine, "first_dataloader_check", None)
     if check is not None:
         check.remove()  # ours compares every forward, and first
+    if engine.optimizer is not None and left_in_place(ds_config, dp_size) and leave_gradients(engine.optimizer):
+        report.remark_later("ZeRO leaves the gradients where backward makes them: no data-parallel rank shares them")
+    if not waits_to_time(ds_config):
+        report.remark_later(
+            "DeepSpeed's throughput timer does not wait for the GPU in every step; "
+            '"timers": {"throughput": {"synchronized": true}} makes it'
+        )
     state, plain_step, interval = require_model(engine.module).seqpar, engine.step, config.replica_check_interval
     replicas = _replica_check(engine, state) if interval and config.tp_size > 1 else None
     memory = _memory_check(engine, report, config, ds_config, dp_size) if config.memory_check else None

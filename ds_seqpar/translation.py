@@ -9,7 +9,7 @@ from typing import Any
 from .config import KEY, SeqParConfig
 from .errors import ConfigError
 
-__all__ = ["section", "translated"]
+__all__ = ["section", "translated", "waits_to_time"]
 
 
 def translated(
@@ -40,9 +40,18 @@ def translated(
     result = copy.deepcopy(ds_config)
     if t > 1:
         result["tensor_parallel"] = {**theirs, "autotp_size": t}
+    if not waits_to_time(ds_config):
+        result["timers"] = {**section(ds_config, "timers"), "throughput": {"synchronized": False}}
     result.update(_batch_sizes(ds_config, world // t))
     result.pop("train_batch_size", None)  # DeepSpeed would divide it by the world, not by the data-parallel size
     return result
+
+
+def waits_to_time(ds_config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's throughput timer is as the user has it. It waits for the GPU before every forward and after every step
+    unless told otherwise, and then the host has launched nothing when the GPU begins a forward.
+    """
+    return "throughput" in section(ds_config, "timers")
 
 
 def section(ds_config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-__all__ = ["Activity", "class_of", "covered", "gpu_activities", "merged", "runtime_calls", "summarise", "windows"]
+__all__ = [
+    "Activity", "between_marks", "class_of", "covered", "gpu_activities", "merged", "runtime_calls", "stalls", "summarise", "windows",
+]  # fmt: skip
 
 Interval = tuple[float, float]
 
@@ -79,6 +81,41 @@ def runtime_calls(events: Iterable[dict[str, Any]], window: Interval) -> dict[st
     return calls
 
 
+def between_marks(activities: Sequence[Activity], mark: str) -> list[list[Activity]]:
+    """What started between the first and second kernel whose name has `mark`, the third and fourth, and so on."""
+    marks = [a for a in activities if mark in a.name]
+    pairs = zip(marks[::2], marks[1::2], strict=False)
+    return [[a for a in activities if start.start < a.start < end.start] for start, end in pairs]
+
+
+def stalls(activities: Sequence[Activity]) -> list[dict[str, Any]]:
+    """When nothing computed, summed by the classes before and after: ms, how many, and what of it communication ran; longest first."""
+    main = _main_stream(activities)
+    kinds = {a: class_of(a, main) for a in activities}
+    computing = sorted((a for a in activities if kinds[a] not in COMMUNICATION), key=lambda a: a.start)
+    communication = merged((a.start, a.end) for a in activities if kinds[a] in COMMUNICATION)
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0, 0.0])
+    last = computing[0]
+    for activity in computing[1:]:
+        if activity.start > last.end:
+            found = sums[_short(last, kinds), _short(activity, kinds)]
+            found[0] += (activity.start - last.end) / 1e3
+            found[1] += 1
+            found[2] += covered([(last.end, activity.start)], communication) / 1e3
+        last = max(last, activity, key=lambda a: a.end)
+    rows = sorted(sums.items(), key=lambda row: -row[1][0])
+    return [
+        {"after": after, "before": before, "ms": ms, "times": times, "communication_ms": beside}
+        for (after, before), (ms, times, beside) in rows
+    ]
+
+
+def _short(activity: Activity, kinds: dict[Activity, str]) -> str:
+    """The class, and of what is small the kernel's name too."""
+    kind = kinds[activity]
+    return kind if kind in ("GEMM", "attention") else re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", activity.name)[:48]
+
+
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
     """The union of intervals as disjoint intervals in order."""
     result: list[Interval] = []
@@ -106,6 +143,15 @@ def _length(intervals: Iterable[Interval]) -> float:
     return sum(end - start for start, end in intervals)
 
 
+def _main_stream(activities: Sequence[Activity]) -> int:
+    """The stream that most kernels' time is on."""
+    per_stream: dict[int, float] = defaultdict(float)
+    for activity in activities:
+        if activity.category == "kernel" and "nccl" not in activity.name.lower():
+            per_stream[activity.stream] += activity.duration
+    return max(per_stream, key=lambda stream: per_stream[stream]) if per_stream else 0
+
+
 def summarise(activities: Sequence[Activity], gaps: int = 12) -> dict[str, Any]:
     """Milliseconds from the first kernel to the last of one window.
 
@@ -115,11 +161,7 @@ def summarise(activities: Sequence[Activity], gaps: int = 12) -> dict[str, Any]:
     """
     if not activities:
         return {}
-    per_stream: dict[int, float] = defaultdict(float)
-    for activity in activities:
-        if activity.category == "kernel" and "nccl" not in activity.name.lower():
-            per_stream[activity.stream] += activity.duration
-    main = max(per_stream, key=lambda stream: per_stream[stream]) if per_stream else 0
+    main = _main_stream(activities)
     classes: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     computing, communicating = [], []

@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = [
     "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
-    "rms_norm_backward", "rotate", "scaled", "sum_parts",
+    "rms_norm_backward", "rotate", "rows_into", "scaled", "sum_parts",
 ]  # fmt: skip
 
 
@@ -43,6 +43,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """See rotary.rotate."""
     out = torch.empty_like(x)
     return (out if out.stride(-1) == 1 else x.new_empty(x.shape)).copy_(x)
+
+
+def rows_into(out: Tensor, weight: Tensor, ids: Tensor) -> None:
+    """See lookup.rows_into."""
+    torch.index_select(weight, 0, ids, out=out)
 
 
 def cross_entropy_statistics(logits: Tensor, local_targets: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .adjacent import parted
 
 __all__ = [
     "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
-    "rms_norm_backward", "rotate", "scaled", "sum_parts",
+    "rms_norm_backward", "rotate", "rows_into", "scaled", "sum_parts",
 ]  # fmt: skip
 
 _PROGRAMS_A_PROCESSOR = 2  # of the norm's backward, each with a partial sum of the weight's gradient
@@ -226,6 +226,16 @@ def _column_sums(parts, out, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr
     tl.store(out + cols, tl.sum(total, axis=0), mask=cols < width)
 
 
+@triton.jit
+def _rows_into(out, weight, ids, count, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.load(ids + row)
+    mine = (at >= 0) & (at < count)
+    values = tl.load(weight + tl.where(mine, at, 0) * width + cols, mask=mine & (cols < width), other=0.0)
+    tl.store(out + row * width + cols, values, mask=cols < width)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -309,6 +319,13 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if out.numel():
         _launch(_scaled, (_ceil(x.numel(), 4096),), (x, factor, out), (x.numel(),), BLOCK=4096)
     return out
+
+
+def rows_into(out: Tensor, weight: Tensor, ids: Tensor) -> None:
+    """See lookup.rows_into; all contiguous."""
+    if out.numel():
+        grid = (out.shape[0], _ceil(out.shape[1], 1024))
+        _launch(_rows_into, grid, (out, weight, ids), (weight.shape[0], weight.shape[1]), BLOCK=1024)
 
 
 def sum_parts(own: Tensor, received: Tensor | None, residual: Tensor | None, out: Tensor) -> None:

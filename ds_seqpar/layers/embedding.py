@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding as lookup
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from ..comm.collectives import all_reduce
+from ..kernels.lookup import rows_into
 from .handles import TokenShard
 from .region import ShardingState, TokenRegion
 
@@ -59,12 +62,39 @@ def rows_of_vocabulary(
         bad = ids[(ids < 0) | (ids >= number)]
         raise IndexError(f"input id {int(bad[0])} is outside the vocabulary of {number}")
     torch._assert_async(allowed, f"an input id is outside the vocabulary of {number}")
-    start = embedding.vocab_start
-    local_ids = ids - start  # type: ignore[operator]
-    mine = (local_ids >= 0) & (local_ids < weight.shape[0])
-    padding = None
-    if embedding.padding_idx is not None and 0 <= embedding.padding_idx - start < weight.shape[0]:  # type: ignore[operator]
-        padding = int(embedding.padding_idx - start)  # type: ignore[operator]
-    found = lookup(torch.where(mine, local_ids, 0), weight, padding)
-    partial = found * mine.unsqueeze(-1).to(found.dtype)
-    return region.local_of_partial(partial.reshape(region.tokens, -1)), region
+    local_ids = (ids - embedding.vocab_start).reshape(-1)  # type: ignore[operator]
+    padding = embedding.padding_idx
+    skipped = None if padding is None else int(padding - embedding.vocab_start)  # type: ignore[operator]
+    rows = _RowsOfVocabulary.apply(weight, local_ids, skipped, region)  # type: ignore[no-untyped-call]
+    return rows.view(region.local_shape(weight.shape[-1])), region
+
+
+class _RowsOfVocabulary(Function):
+    """weight [V_r, w], ids [T] counted from its first row -> [c, w], or [T, w] where tokens are not cut: the sum over the ranks of the
+    rows that each has. `skipped` is an id whose row gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, skipped: int | None, region: TokenRegion) -> Tensor:
+        ctx.region, ctx.skipped, ctx.count = region, skipped, weight.shape[0]
+        ctx.save_for_backward(ids)
+        if not region.cut:
+            return all_reduce(rows_into(weight.new_empty((ids.numel(), weight.shape[1])), weight, ids), region.groups.tp_group)
+        scattering = region.transport.scatter(region.tokens, weight.shape[1], weight)
+        for rows, memory in scattering.parts():
+            rows_into(memory, weight, ids[rows])
+        return scattering.wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        region, (ids,) = ctx.region, ctx.saved_tensors
+        gathering = region.transport.gather(dy, region.tokens) if region.cut else None
+        mine = (ids >= 0) & (ids < ctx.count)
+        if ctx.skipped is not None:
+            mine &= ids != ctx.skipped
+        # One row more, for what is not to be counted: torch leaves that out, and adds nothing.
+        full = dy if gathering is None else gathering.whole()
+        dw = torch.ops.aten.embedding_dense_backward(full, torch.where(mine, ids, ctx.count), ctx.count + 1, ctx.count, False)
+        if gathering is not None:
+            gathering.release()
+        return dw[: ctx.count], None, None, None

@@ -6,7 +6,7 @@ Legend: T tokens, t tp_size, c = ceil(T/t), h hidden, V_r this rank's vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,9 @@ class _LinearCrossEntropy(Function):
         group, cut = options.region.groups.tp_group, options.region.cut
         wants_dx, wants_dw, wants_db = ctx.needs_input_grad[:3]
         wide = torch.promote_types(weight.dtype, torch.float32)
+        options = replace(options, chunk_tokens=_tokens_at_once(weight, options, wants_dw))
+        # One product rounds once, whatever it is summed in. A sum over tokens can overflow in float16.
+        at_once = options.region.tokens <= options.chunk_tokens and weight.dtype is torch.bfloat16
         dx = torch.zeros_like(hidden) if wants_dx else None
         dw = None
         db = torch.zeros_like(bias, dtype=wide) if wants_db and bias is not None else None
@@ -61,7 +64,8 @@ class _LinearCrossEntropy(Function):
             elif dx is not None:
                 dx[rows] = dlogits @ weight
             if wants_dw:
-                dw = _product(dlogits.t(), x, wide) if dw is None else _accumulate(dw, dlogits.t(), x)
+                first = weight.dtype if at_once else wide
+                dw = _product(dlogits.t(), x, first) if dw is None else _accumulate(dw, dlogits.t(), x)
             if db is not None:
                 db += dlogits.sum(0)
             if dx is not None and scattering is not None:
@@ -87,6 +91,17 @@ class _LinearCrossEntropy(Function):
         dw = None if dw is None else scaled(dw, dloss, weight_dtype)
         db = None if db is None else scaled(db, dloss, bias_dtype)
         return dx, dw, db, None, None
+
+
+def _tokens_at_once(weight: Tensor, options: _Options, wants_dw: bool) -> int:
+    """How many tokens a chunk has: all, where their logits take no more memory than a chunk's and the wide sum of chunks' dw do."""
+    tokens, width = options.region.tokens, weight.element_size()
+    if not wants_dw or weight.dtype is not torch.bfloat16 or options.transforms:
+        return options.chunk_tokens
+    # Bytes for each row of the vocabulary: the logits of a column of tokens, and its gradient; 4 is the sum's, which is rounded last.
+    h = weight.shape[1]
+    chunked = max(options.chunk_tokens * width + 4 * h, (4 + width) * h)
+    return tokens if tokens * width + width * h <= chunked else options.chunk_tokens
 
 
 def _gathered_chunks(hidden: Tensor, targets: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor, Tensor]]:

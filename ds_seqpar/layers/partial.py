@@ -40,10 +40,10 @@ class _SumGradients(Function):
             for parameter, grad in zip(ctx.parameters, grads, strict=True):
                 if grad is not None:
                     ctx.owner.observer(parameter, grad)
-        dtype = torch.promote_types(there[0].dtype, torch.float32)
-        total = torch.cat([grad.reshape(-1).to(dtype) for grad in there])
+        joint = torch.cat([grad.reshape(-1) for grad in there])  # of the widest dtype among them
+        total = joint.to(torch.promote_types(joint.dtype, torch.float32))
         dist.all_reduce(total, group=ctx.owner.group)
-        sums = iter(total.split([grad.numel() for grad in there]))
+        sums = iter(total.to(joint.dtype).split([grad.numel() for grad in there]))
         return (None, *(None if grad is None else next(sums).view(grad.shape).to(grad.dtype) for grad in grads))
 
 

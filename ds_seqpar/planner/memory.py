@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
+from ..own_gradients import wants_copies
 from .step import StepTrace
 
 __all__ = ["OUTSIDE", "MemoryEstimate", "Zero", "estimate"]
@@ -32,6 +33,7 @@ class Zero:
     accumulation: int = 1
     masters: bool = True  # fp32 masters of half-precision weights
     clips: bool = False  # gradients are scaled before the update: clipping, or fp16's loss scale
+    in_place: bool = True  # gradients that no data-parallel rank shares stay where they are made (own_gradients.py)
 
     @classmethod
     def from_json(cls, ds_config: Mapping[str, Any]) -> Zero:
@@ -59,6 +61,7 @@ class Zero:
             _whole(ds_config.get("gradient_accumulation_steps")),
             bool(half),
             bool(ds_config.get("gradient_clipping")) or bool((ds_config.get("fp16") or {}).get("enabled")),
+            not wants_copies(ds_config),
         )
 
 
@@ -119,7 +122,8 @@ def _kept(trace: StepTrace, zero: Zero, dp_size: int) -> _Kept:
     masters = 4 if (zero.masters and width == 2) or zero.stage else 0
     optimizer = 0 if zero.offload_optimizer else mine * (8 + masters)
     whole = trained * width
-    bucket = zero.reduce_bucket * width if zero.stage else 0
+    in_place = zero.in_place and dp_size == 1 and zero.stage in (1, 2) and not zero.offload_optimizer
+    bucket = zero.reduce_bucket * width if zero.stage and not in_place else 0
     kept = 0 if zero.offload_optimizer and zero.stage else mine * width
     step_elements = min(mine, zero.sub_group) if zero.stage == 3 else mine
     in_step = 0
@@ -127,7 +131,7 @@ def _kept(trace: StepTrace, zero: Zero, dp_size: int) -> _Kept:
         widened = step_elements * (4 + (width if zero.stage in (1, 2) else 0)) if width == 2 else 0
         normed = 8 * min(mine, trace.largest_parameter) if zero.stage else 0  # in float64, a parameter at a time
         in_step = max(widened, normed)
-    at_the_end = whole + trace.largest_parameter * width if zero.stage == 1 else 0
+    at_the_end = whole + trace.largest_parameter * width if zero.stage == 1 and not in_place else 0
     return _Kept(weights, gathered, optimizer, whole, kept, bucket, at_the_end, in_step)
 
 

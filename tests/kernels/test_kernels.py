@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, gelu, silu
 from ds_seqpar.kernels import cross_entropy as ce
 from ds_seqpar.kernels.addition import sum_into, sum_with
 from ds_seqpar.kernels.gating import gated, gated_backward, known_activation
+from ds_seqpar.kernels.lookup import rows_into
 from ds_seqpar.kernels.rms_norm import rms_norm, rms_norm_gradients, rms_norm_into
 from ds_seqpar.kernels.rotary import rotate
 
@@ -63,6 +64,19 @@ def test_gating_equals_torch(device, act, packed):
     torch.testing.assert_close(dgate, wanted_gate.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(dup, wanted_up.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(product, wanted.detach())
+
+
+@pytest.mark.parametrize("width", [8, 1030])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_part_of_a_table(device, width, dtype):
+    weight = _randn(5, width, device=device).to(dtype)
+    ids = torch.tensor([0, 4, -1, 5, 2, 2, -9, 1 << 40], device=device)
+    weight[3] = float("nan")  # nobody asks for it
+    memory = torch.full((9, width), 7.0, dtype=dtype, device=device)
+    rows_into(memory[1:], weight, ids)
+    nothing = torch.zeros(width, dtype=dtype, device=device)
+    expected = [weight[0], weight[4], nothing, nothing, weight[2], weight[2], nothing, nothing]
+    assert torch.equal(memory[1:], torch.stack(expected)) and bool((memory[0] == 7).all())
 
 
 def test_activations_are_known_by_their_values():

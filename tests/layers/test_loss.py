@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from ds_seqpar.comm.exchange import Exchange
 from ds_seqpar.groups import ParallelGroups
+from ds_seqpar.layers import loss
 from ds_seqpar.layers.loss import vocab_parallel_linear_cross_entropy
 from ds_seqpar.layers.region import TokenRegion
 from ds_seqpar.plan.heads import even_bounds
@@ -243,6 +244,53 @@ def _largest_allocation() -> int:
         )  # fmt: skip
         total.backward()
     return largest.elements
+
+
+def _count_chunks(tokens: int, width: int, dtype: torch.dtype, trained: bool, transforms: str) -> tuple[int, float]:
+    """How many products made logits, and how far the weight's gradient is from torch's, relatively."""
+    made, plain = [], loss._chunk_loss
+
+    def counted(logits: Tensor, *args: Any) -> Any:
+        made.append(logits.shape)
+        return plain(logits, *args)
+
+    loss._chunk_loss = counted  # in this process, which is forked for the case
+    groups = ParallelGroups.around(dist.group.WORLD)
+    region = TokenRegion(1, tokens, True, groups, Exchange(groups.tp_group, groups.tp_cpu_group, True))
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype)
+    weight = torch.randn(8, width, generator=generator).to(dtype).requires_grad_(trained)
+    targets = torch.randint(0, 8, (tokens,), generator=generator)
+    mine = hidden[region.rows * groups.tp_rank :][: region.rows].clone().requires_grad_()
+    start = 4 * groups.tp_rank
+    local = weight.detach()[start : start + 4].clone().requires_grad_(trained)
+    total, _ = vocab_parallel_linear_cross_entropy(
+        mine, local, None, targets, region, vocab_start=start, vocab_size=8, chunk_tokens=4, transforms=TRANSFORMS[transforms]
+    )  # fmt: skip
+    if not trained:
+        return len(made), 0.0
+    total.backward()
+    wide = weight.detach().double().requires_grad_()
+    cross_entropy(hidden.double() @ wide.t(), targets, reduction="sum").backward()
+    assert wide.grad is not None and local.grad is not None
+    expected = wide.grad[start : start + 4]
+    return len(made), float((local.grad.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("tokens", "width", "dtype", "trained", "transforms", "chunks"), [
+    (8, 4, torch.bfloat16, True, "none", 1),  # 2 * 8 + 2 * 4 <= 2 * 4 + 4 * 4, the logits of a chunk and the wide sum of two
+    (10, 4, torch.bfloat16, True, "none", 3),
+    (8, 4, torch.float32, True, "none", 2),  # nothing wider is summed
+    (8, 4, torch.float16, True, "none", 2),  # a sum over tokens may overflow
+    (8, 4, torch.bfloat16, False, "none", 2),
+    (8, 4, torch.bfloat16, True, "softcap", 2),  # which keeps logits several times
+])  # fmt: skip
+def test_all_logits_are_made_at_once_where_chunks_would_take_as_much_memory(
+    tokens: int, width: int, dtype: torch.dtype, trained: bool, transforms: str, chunks: int
+) -> None:
+    for made, error in run_ranks(2, _count_chunks, tokens, width, dtype, trained, transforms, deepspeed=False):
+        assert made == chunks
+        assert error < 0.02 if transforms == "none" else True
 
 
 def test_logits_of_a_chunk_are_the_largest_thing_that_ever_exists() -> None:

@@ -1,0 +1,50 @@
+"""ZeRO 1 and 2 where no other data-parallel rank has a say in the gradients: they stay where backward made them.
+
+DeepSpeed handles them as ever: each goes into a bucket, is divided by one, is summed over one rank, and goes from the bucket into
+a second copy of all gradients. That is the value it had, for three passes over all of them, a bucket, and at the end of a backward
+the gradients twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from .translation import section
+
+__all__ = ["leave_gradients", "left_in_place", "wants_copies"]
+
+
+def left_in_place(ds_config: Mapping[str, Any], dp_size: int) -> bool:
+    """Whether a run with this DeepSpeed config over `dp_size` data-parallel ranks is one of those."""
+    stage = section(ds_config, "zero_optimization").get("stage", 0)
+    return dp_size == 1 and stage in (1, 2) and not wants_copies(ds_config)
+
+
+def wants_copies(ds_config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed must handle gradients at these stages whatever their number of ranks: they go elsewhere, or are widened.
+
+    `contiguous_gradients`, where the user names it, asks for the copies.
+    """
+    zero = section(ds_config, "zero_optimization")
+    offloads = (section(zero, "offload_optimizer").get("device") or "none") != "none"
+    widened = section(ds_config, "data_types").get("grad_accum_dtype") is not None
+    return bool(offloads or widened or zero.get("zenflow") or "contiguous_gradients" in zero)
+
+
+def leave_gradients(optimizer: Any) -> bool:
+    """Tells DeepSpeed's ZeRO 1 and 2 optimizer to leave the gradients alone; False if it does with them more than said above."""
+    usual = optimizer.contiguous_gradients and not (optimizer.cpu_offload or optimizer.has_moe_layers)
+    plain = optimizer.gradient_accumulation_dtype == optimizer.dtype and optimizer.sequence_parallel_size == 1
+    if not usual or not plain or dist.get_world_size(optimizer.dp_process_group) > 1:
+        return False
+    # Without contiguous gradients there is neither bucket nor second copy, and this is all that is done with a bucket's gradients.
+    optimizer.contiguous_gradients = False
+    optimizer.buffered_reduce_fallback = _already_reduced
+    return True
+
+
+def _already_reduced(*args: Any, **kwargs: Any) -> None:
+    pass
