@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from ds_seqpar import engine, inject
 from ds_seqpar.comm import collectives, regions, tokens
 from ds_seqpar.comm.exchange import Exchange
-from ds_seqpar.comm.regions import _GatherForPartial, _ReducePartial, _ReduceScatterPartial
+from ds_seqpar.comm.regions import _GatherForPartial
 from ds_seqpar.inject import _Injection
+from ds_seqpar.kernels.addition import PassedGradient
 from ds_seqpar.layers import blocks, boundaries, linear, loss, norm, partial, token_operations
 from ds_seqpar.layers.blocks import SummedBlock, WholeBlock
 from ds_seqpar.layers.boundaries import ShardedModel
-from ds_seqpar.layers.embedding import VocabParallelEmbedding
+from ds_seqpar.layers.embedding import VocabParallelEmbedding, _RowsOfVocabulary
 from ds_seqpar.layers.guard import InputGuard
 from ds_seqpar.layers.handles import TokenShard
 from ds_seqpar.layers.linear import RowParallelLinear, VocabParallelHead
@@ -217,14 +218,27 @@ def _own_rows_only(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return tokens.own_rows(dy, ctx.group), None, None
 
 
-def _padded_own(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-    full = dy.new_zeros((dy.shape[0] * dist.get_world_size(ctx.group), *dy.shape[1:]))
-    full[dy.shape[0] * dist.get_rank(ctx.group) :][: dy.shape[0]] = dy
-    return full[: ctx.tokens], None
+def _own_rows_gathered(backward: Any) -> Any:
+    """What a gather would give if the other ranks' rows were zero."""
+
+    def only_own(exchange: Any, shard: Tensor, count: int) -> Any:
+        full = shard.new_zeros((shard.shape[0] * dist.get_world_size(exchange._group), *shard.shape[1:]))
+        full[shard.shape[0] * dist.get_rank(exchange._group) :][: shard.shape[0]] = shard
+        return mock.Mock(whole=lambda: full[:count])
+
+    def wrong(ctx: Any, *grads: Tensor) -> Any:
+        with mock.patch.object(Exchange, "gather", only_own):
+            return backward(ctx, *grads)
+
+    return wrong
 
 
-def _reduced_again(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-    return collectives.all_reduce(dy, dist.group.WORLD), None
+def _forgotten(self: Any, gradient: Tensor) -> None:
+    """Nothing is handed on."""
+
+
+def _reduced_again(backward: Any) -> Any:
+    return lambda ctx, dy: backward(ctx, collectives.all_reduce(dy, dist.group.WORLD))
 
 
 def _reversed_ranks(gather: Any) -> Any:
@@ -461,13 +475,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("the head's part begins elsewhere", _start(VocabParallelHead, -1), own=UNTIED),
     Mutant("the backward of a block's gather is a split", _swap(linear._ColumnParallel, "backward", _scatter_as_split)),
     Mutant("the backward of an experts' gather is a split", _in_backward(_GatherForPartial, _own_rows_only), "mixtral", own=EXPERTS),
-    Mutant("the backward of the embedding's reduce-scatter keeps own rows", _in_backward(_ReduceScatterPartial, _padded_own)),
-    Mutant("without sequence parallelism a backward reduces again", _in_backward(_ReducePartial, _reduced_again), key=PLAIN),
+    Mutant("the backward of the embedding's reduce-scatter keeps own rows", _swap(_RowsOfVocabulary, "backward", _own_rows_gathered)),
+    Mutant("without sequence parallelism a backward reduces again", _swap(_RowsOfVocabulary, "backward", _reduced_again), key=PLAIN),
     Mutant("gathered rows stand in the order of other ranks", _swap(regions, "gather_rows", _reversed_ranks), "mixtral", own=EXPERTS),
     Mutant("dead rows stand at the front", _swap(tokens, "_padded", _dead_rows)),
     Mutant("a scaling of the embeddings is dropped", _swap(TokenShard, "_apply", lambda _: _unscaled), "granite"),
     Mutant("a norm has another epsilon", _swap(_Injection, "_fuse_norms", _other_epsilon)),
     Mutant("a product's up factor has no gradient", _swap(linear, "gated_backward", _no_up)),
+    Mutant("what rows get by their way past a block is lost", _swap(PassedGradient, "put", lambda _: _forgotten),
+        own=dict(attention_bias=False, mlp_bias=False)),
     Mutant("a norm's output is made again without the norm", _swap(linear._ColumnParallel, "backward", _remade_without_norm)),
     Mutant("one rank scales its attention otherwise", _swap(_Injection, "_local_counts", _groups_wrong)),
     Mutant("a cut norm's mean has no gradient from other ranks", _swap(norm, "copy_for_partial", _identity), "olmo2"),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = [
     "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
-    "rms_norm_backward", "rotate", "rows_into", "scaled", "sum_parts",
+    "rms_norm_backward", "rotate", "rows_into", "scaled", "scaled_", "sum_parts",
 ]  # fmt: skip
 
 
@@ -31,11 +31,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool, more: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool, more: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See triton_kernels.rms_norm_backward."""
-    if more is not None:
-        more.amax()
+    for read in (more, beside):
+        if read is not None:
+            read.amax()
     return torch.add(dy.view(x.shape), x), torch.empty_like(weight) if wants_dweight else None
 
 
@@ -69,6 +71,10 @@ def cross_entropy_gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tens
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """See cross_entropy.scaled."""
     return torch.empty_like(x, dtype=dtype).copy_(x)
+
+
+def scaled_(x: Tensor, factor: Tensor) -> None:
+    """See cross_entropy.scaled_: of a mean's gradients nothing is read."""
 
 
 def sum_parts(own: Tensor, received: Tensor | None, residual: Tensor | None, out: Tensor) -> None:

@@ -19,7 +19,7 @@ from .adjacent import parted
 
 __all__ = [
     "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
-    "rms_norm_backward", "rotate", "rows_into", "scaled", "sum_parts",
+    "rms_norm_backward", "rotate", "rows_into", "scaled", "scaled_", "sum_parts",
 ]  # fmt: skip
 
 _PROGRAMS_A_PROCESSOR = 2  # of the norm's backward, each with a partial sum of the weight's gradient
@@ -161,6 +161,15 @@ def _scaled(x, factor, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _scaled_in_place(x, factor, size, BLOCK: tl.constexpr):
+    f = tl.load(factor).to(tl.float32)
+    if tl.abs(f - 1.0) > 1e-6:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < size
+        tl.store(x + at, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * f, mask=mask)
+
+
+@triton.jit
 def _sum_parts(own, received, residual, out, size, PARTS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
@@ -188,8 +197,8 @@ def _rms_norm(x, weight, out, root, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rms_norm_backward(
-    dy, more, x, weight, root, dx, dweight, rows, width, size,
-    PARTS: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    dy, more, beside, x, weight, root, dx, dweight, rows, width, size,
+    PARTS: tl.constexpr, BESIDE: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -208,7 +217,10 @@ def _rms_norm_backward(
         r = tl.load(root + row, mask=row < rows, other=0.0)
         v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * r
         slope = d * w
-        tl.store(dx + at, (slope - v * (tl.sum(slope * v, axis=0) / width)) * r, mask=inside)
+        given = (slope - v * (tl.sum(slope * v, axis=0) / width)) * r
+        if BESIDE:
+            given += tl.load(beside + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, given, mask=inside)
         if WANTS_DWEIGHT:
             total += d * v
     if WANTS_DWEIGHT:
@@ -321,6 +333,12 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def scaled_(x: Tensor, factor: Tensor) -> None:
+    """See cross_entropy.scaled_."""
+    if x.numel():
+        _launch(_scaled_in_place, (_ceil(x.numel(), 16384),), (x, factor), (x.numel(),), BLOCK=16384, num_warps=8)
+
+
 def rows_into(out: Tensor, weight: Tensor, ids: Tensor) -> None:
     """See lookup.rows_into; all contiguous."""
     if out.numel():
@@ -352,9 +370,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool, more: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight or None) of `rms_norm`, whose output's gradient is dy and the parts of `more` [p, ...]; all contiguous."""
+    dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool, more: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(dx + beside, dweight or None) of `rms_norm`, whose output's gradient is dy and the parts of `more` [p, ...]; all contiguous."""
     width, rows = x.shape[-1], root.numel()
     dx = torch.empty_like(x)
     processors = _processors(x.device.index) if x.is_cuda else 1
@@ -365,8 +384,10 @@ def rms_norm_backward(
     if rows:
         block = _power_of_2(width)
         _launch(
-            _rms_norm_backward, (programs,), (dy, dy if more is None else more, x, weight, root, dx, parts), (rows, width, x.numel()),
-            PARTS=0 if more is None else more.shape[0], WANTS_DWEIGHT=wants_dweight, BLOCK=block, num_warps=_warps(2 * block),
+            _rms_norm_backward, (programs,),
+            (dy, dy if more is None else more, dy if beside is None else beside, x, weight, root, dx, parts), (rows, width, x.numel()),
+            PARTS=0 if more is None else more.shape[0], BESIDE=beside is not None, WANTS_DWEIGHT=wants_dweight, BLOCK=block,
+            num_warps=_warps(2 * block),
         )  # fmt: skip
     if rows and dweight is not None:
         _launch(_column_sums, (_ceil(width, 32),), (parts, dweight), (programs, width), ROWS=64, COLS=32)

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from ..comm.collectives import all_reduce
 from ..comm.regions import gather_columns
 from ..errors import SeqParError
+from ..kernels.addition import PassedGradient
 from ..kernels.adjacent import joined, parted, reshaped
 from ..kernels.gating import gated, gated_backward
 from ..kernels.rms_norm import rms_norm_gradients, rms_norm_into
@@ -39,7 +40,7 @@ class _ColumnParallel(Function):
     backward, whose gradient is made of what the ranks sent each other. `remake` and its tensors `made_of`, if given, compute x
     again in backward, and are kept in its place. `together`: the outputs may share memory, which lives as long as any of them;
     otherwise all but the last of three or more may (queries and keys end with their rotation, values stay). What shares memory
-    is one product if its weights are adjacent.
+    is one product if its weights are adjacent. `passed`, with a norm: what else x gets is added to its gradient here.
     """
 
     @staticmethod
@@ -52,11 +53,13 @@ class _ColumnParallel(Function):
         eps: float,
         remake: Remake | None,
         together: bool,
+        passed: PassedGradient | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:n], parameters[n:]
         # Its function alone: the node lives until the loss does, and what it is made of would live as long.
         ctx.region, ctx.n, ctx.eps, ctx.remake = region, n, eps, None if remake is None else remake.into
+        ctx.passed = passed
         ctx.shape = tuple(x.shape)
         root: Tensor | None = None
 
@@ -67,7 +70,7 @@ class _ColumnParallel(Function):
         gathering: Any = None
         if norm_weight is not None:
             gathering = region.transport.gather_made(x.view(region.rows, -1), normed, region.tokens)
-        wants_dw = any(ctx.needs_input_grad[7 : 7 + n])
+        wants_dw = any(ctx.needs_input_grad[8 : 8 + n])
         if norm_weight is not None:
             kept = [x] if wants_dw or ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else []
         else:
@@ -98,7 +101,7 @@ class _ColumnParallel(Function):
         dys = tuple(dy.reshape(region.tokens, dy.shape[-1]) for dy in dys)
         saved = ctx.saved_tensors  # once: a recomputed tensor can be unpacked only once
         weights, norm_weight, root, kept = saved[:n], saved[n], saved[n + 1], saved[n + 2 :]
-        wants_dw, wants_db = ctx.needs_input_grad[7 : 7 + n], ctx.needs_input_grad[7 + n :]
+        wants_dw, wants_db = ctx.needs_input_grad[8 : 8 + n], ctx.needs_input_grad[8 + n :]
         wants_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         joint_dy, joint_weight = joined(dys, 1), joined(weights, 0)
         if region.cut and min(d.shape[1] for d in dys) * _NARROW <= max(d.shape[1] for d in dys):
@@ -141,12 +144,13 @@ class _ColumnParallel(Function):
         if scattering is not None and norm_weight is not None:
             wants_dnorm = ctx.needs_input_grad[1]
             own, received = scattering.addends()
-            dx, dnorm = rms_norm_gradients(own, received, kept[0], norm_weight, root, ctx.eps, wants_dnorm)
+            beside = None if ctx.passed is None else ctx.passed.take()
+            dx, dnorm = rms_norm_gradients(own, received, kept[0], norm_weight, root, ctx.eps, wants_dnorm, beside)
         elif scattering is not None:
             dx = scattering.wait()
         if dx is not None:
             dx = reshaped(dx, ctx.shape)
-        return dx, dnorm, None, None, None, None, None, *dws, *dbs
+        return dx, dnorm, None, None, None, None, None, None, *dws, *dbs
 
 
 def _sum_of_products(out: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
@@ -279,7 +283,12 @@ def column_parallel(
         remake = remake if rows is before else None  # autocast changed it
         plain = torch.autocast(rows.device.type, enabled=False)
     with plain:
-        return list(_ColumnParallel.apply(rows, norm_weight, region, len(members), eps, remake, together, *parameters))  # type: ignore[no-untyped-call]
+        passed = None
+        if norm_weight is not None and rows.requires_grad and torch.is_grad_enabled():
+            passed = PassedGradient()
+            passed.offer(rows)
+        arguments = (rows, norm_weight, region, len(members), eps, remake, together, passed)
+        return list(_ColumnParallel.apply(*arguments, *parameters))  # type: ignore[no-untyped-call]
 
 
 def _users_own(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..comm.collectives import all_gather, all_reduce
-from ..kernels.cross_entropy import combined, gradient_, scaled, statistics
+from ..kernels.cross_entropy import combined, gradient_, scaled, scaled_, statistics
 from .handles import ShardedLogits
 from .region import TokenRegion
 
@@ -36,7 +36,10 @@ class _Options:
 
 
 class _LinearCrossEntropy(Function):
-    """Gradients are made in forward, chunk by chunk, and scaled in backward: no logits are kept or computed twice."""
+    """Gradients are made in forward, chunk by chunk, and scaled in backward: no logits are kept or computed twice.
+
+    In bfloat16 they are made of the mean over the counted tokens, which is what most losses are: then nothing is left to scale.
+    """
 
     @staticmethod
     def forward(
@@ -52,9 +55,11 @@ class _LinearCrossEntropy(Function):
         dw = None
         db = torch.zeros_like(bias, dtype=wide) if wants_db and bias is not None else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
+        counted = (targets != options.ignore_index).sum().to(wide)
+        share = 1.0 / counted.clamp_min(1.0) if weight.dtype is torch.bfloat16 else None  # others' range or digits are for the sum
         for rows, wanted, x in _gathered_chunks(hidden, targets, options):
             logits = torch.nn.functional.linear(x, weight, bias)
-            losses, dlogits = _chunk_loss(logits, wanted, options, wants_dx or wants_dw or wants_db)
+            losses, dlogits = _chunk_loss(logits, wanted, options, wants_dx or wants_dw or wants_db, share)
             total += losses
             scattering = None
             if dx is not None and cut:
@@ -72,12 +77,11 @@ class _LinearCrossEntropy(Function):
                 dx[rows] = scattering.wait()
         if dx is not None and not cut:
             dx = all_reduce(dx, group)
-        counted = (targets != options.ignore_index).sum().to(wide)
         # Kept until backward, so in the weight's own dtype where that cannot overflow.
         dw = dw if not wants_dw or dw is not None else torch.zeros_like(weight)
         dw = dw.to(weight.dtype) if dw is not None and weight.dtype is torch.bfloat16 else dw
         ctx.save_for_backward(dx, dw, db, counted)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes, ctx.of_mean = (weight.dtype, None if bias is None else bias.dtype), share is not None
         ctx.mark_non_differentiable(counted)
         return total, counted
 
@@ -86,11 +90,22 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db, counted = ctx.saved_tensors
         dloss = torch.where(counted > 0, dloss, 0.0)  # a mean over no label is NaN with zero gradients, as in torch
+        if ctx.of_mean:
+            dloss = dloss * counted.clamp_min(1.0)
         weight_dtype, bias_dtype = ctx.dtypes
-        dx = None if dx is None else scaled(dx, dloss, dx.dtype)
-        dw = None if dw is None else scaled(dw, dloss, weight_dtype)
+        if ctx.of_mean and not _graph_is_kept():
+            dx, dw = (None if part is None else scaled_(part, dloss) for part in (dx, dw))
+        else:
+            dx = None if dx is None else scaled(dx, dloss, dx.dtype)
+            dw = None if dw is None else scaled(dw, dloss, weight_dtype)
         db = None if db is None else scaled(db, dloss, bias_dtype)
         return dx, dw, db, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running may be followed by another through the same nodes."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
 
 
 def _tokens_at_once(weight: Tensor, options: _Options, wants_dw: bool) -> int:
@@ -148,8 +163,10 @@ def _chunks(targets: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor]
         yield rows, lined_up[:, rows].reshape(-1)
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, options: _Options, wants_grad: bool) -> tuple[Tensor, Tensor]:
-    """(sum of the chunk's losses, d sum / d logits) from logits [n, V_r] and targets [n]. Overwrites the logits."""
+def _chunk_loss(
+    logits: Tensor, targets: Tensor, options: _Options, wants_grad: bool, share: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(sum of the chunk's losses, d sum / d logits, times `share`) from logits [n, V_r] and targets [n]. Overwrites the logits."""
     group = options.region.groups.tp_group
     leaf = z = logits
     if options.transforms:
@@ -166,7 +183,7 @@ def _chunk_loss(logits: Tensor, targets: Tensor, options: _Options, wants_grad: 
     losses = each.sum()
     if not wants_grad:
         return losses, logits
-    dz = gradient_(values, local, log_sum, counted)
+    dz = gradient_(values, local, log_sum, counted if share is None else counted * share)
     return losses, torch.autograd.grad(z, leaf, dz)[0] if options.transforms else dz
 
 

@@ -1,7 +1,7 @@
 """Measures how fast this machine's host launches work, in a process of its own: it needs a process group, which planning must not find.
 
-A small model takes forward and backward with few tokens, so that the time until they return is Python's. The same model is traced,
-and its operations are counted as those of a plan are.
+A small model takes forward and backward with few tokens, so that the time until they return is Python's: one rank of two, whose
+collectives return at once. The same model is traced, and its operations are counted as those of a plan are.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..config import SeqParConfig
 from ..groups import ParallelGroups
 from ..hf import causal_lm_loss, describe, planned_config, planned_model
 from ..inject import inject
 from ..layers.loss import CausalLMLoss
+from .stand_ins import AlikeInputs, fake_groups
 from .step import trace_step
+from .steptime import launched
 
 __all__ = ["HostRates", "measure_host"]
 
@@ -35,6 +35,7 @@ SIZES = dict(
     hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
     vocab_size=512,
 )  # fmt: skip
+KEY = SeqParConfig(tp_size=2)
 TOKENS, STEPS = 64, 15
 LIMIT_S = 180
 
@@ -60,10 +61,9 @@ def measure_host(on_gpu: bool) -> HostRates | None:
 
 def _operations(plain: bool) -> tuple[int, int]:
     """Of a forward and of a backward."""
-    trace = trace_step(
-        planned_config("llama", SIZES), SeqParConfig.from_json({"tp_size": 1}), batch=1, seq=TOKENS, plain=plain
-    )
-    return trace.forward_work.operations, trace.backward_work.operations
+    key = SeqParConfig(tp_size=1) if plain else KEY
+    trace = trace_step(planned_config("llama", SIZES), key, batch=1, seq=TOKENS, plain=plain)
+    return launched(trace.forward_work, key.tp_size), launched(trace.backward_work, key.tp_size)
 
 
 def _seconds(model: Any, device: torch.device) -> tuple[float, float]:
@@ -82,28 +82,26 @@ def _seconds(model: Any, device: torch.device) -> tuple[float, float]:
     return statistics.median(forward), statistics.median(backward)
 
 
-def _shard(model: Any) -> None:
-    """As the engine does, without DeepSpeed."""
-    ranks, loss = dist.group.WORLD, causal_lm_loss(model)
-    assert ranks is not None and loss is not None
-    groups = ParallelGroups(ranks, dist.new_group(backend="gloo"), 1, 0)
-    inject(model, describe(model), SeqParConfig(tp_size=1), groups)
+def _shard(model: Any, groups: ParallelGroups) -> None:
+    """As the engine does, without DeepSpeed, and without what the other rank would be asked."""
+    loss = causal_lm_loss(model)
+    assert loss is not None
+    inject(model, describe(model), KEY, groups, has_values=False)
+    model.seqpar.guard = AlikeInputs()
+    model.seqpar.exchange._decided = True  # for collectives: peers have no memory
     model.loss_function = CausalLMLoss(loss)
 
 
 def _measure(device: torch.device) -> HostRates:
     counted = {plain: _operations(plain) for plain in (False, True)}  # before there is a process group
-    with tempfile.TemporaryDirectory() as folder:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{folder}/ranks", rank=0, world_size=1)
-        model: Any = planned_model(planned_config("llama", SIZES), torch.bfloat16).to_empty(device=device).train()
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data.zero_()
-        plain = sum(_seconds(model, device))
-        model.zero_grad()
-        _shard(model)
+    model: Any = planned_model(planned_config("llama", SIZES), torch.bfloat16).to_empty(device=device).train()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.zero_()
+    plain = sum(_seconds(model, device))
+    model.zero_grad()
+    with fake_groups(KEY.tp_size) as groups:
+        _shard(model, groups)
         forward, backward = _seconds(model, device)
-        dist.destroy_process_group()
     return {
         "host_forward_us": 1e6 * forward / counted[False][0],
         "host_backward_us": 1e6 * backward / counted[False][1],

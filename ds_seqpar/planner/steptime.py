@@ -21,7 +21,7 @@ class StepTime:
     attention: float
     elementwise: float
     exposed: float  # communication of the tensor-parallel group that nothing hides
-    host: float  # the GPU waits for Python to launch work, or for DeepSpeed around forward and backward
+    host: float  # the GPU waits for Python to launch work
     data_parallel: float  # the same as `exposed` over the data-parallel ranks
     optimizer: float  # DeepSpeed's loops over the parameters in it
 
@@ -63,7 +63,7 @@ def predict(trace: StepTrace, rates: Rates, zero: Zero, *, tp_size: int, dp_size
         _on_gpu(work, rates, trace.tokens, tp_size) for work in (trace.forward_work, trace.backward_work)
     )
     engine = 1e-3 * rates.host_engine_us * tensors
-    host = _waits_for_host(trace, rates, forward.total, backward.total, tp_size) + engine
+    host = _waits_for_host(trace, rates, forward.total, backward.total, tp_size, engine)
     within = rates.peer_gb_per_s if tp_size * dp_size <= gpus_per_node else rates.node_gb_per_s
     share = (dp_size - 1) / dp_size / 1e9 / within * 1e3
     gradients, weights = trace.trainable * trace.dtype_bytes, trace.parameters * trace.dtype_bytes
@@ -98,15 +98,17 @@ def launched(work: Work, tp_size: int) -> int:
     return work.operations + (tp_size + 1) * work.moves
 
 
-def _waits_for_host(trace: StepTrace, rates: Rates, forward: float, backward: float, tp_size: int) -> float:
-    """Milliseconds a micro batch that the GPU waits, which needs `forward` and `backward` if it never does.
+def _waits_for_host(
+    trace: StepTrace, rates: Rates, forward: float, backward: float, tp_size: int, engine: float
+) -> float:
+    """Milliseconds a micro batch that the GPU waits, which needs `forward` and `backward` if it never does; `engine`: DeepSpeed's of it.
 
-    A forward begins with nothing queued: the comparison of inputs and the optimizer's step before it read values. From there the host
-    launches and the GPU follows; backward can be launched while forward still runs.
+    A forward is taken to begin with nothing queued, though the host may be ahead by what the optimizer's step takes the GPU. From there
+    the host launches and the GPU follows; backward can be launched while forward still runs.
     """
     rate = (
         (rates.host_plain_us, rates.host_plain_us) if trace.plain else (rates.host_forward_us, rates.host_backward_us)
     )
     host_forward = 1e-3 * rate[0] * launched(trace.forward_work, tp_size)
-    host_backward = 1e-3 * rate[1] * launched(trace.backward_work, tp_size)
+    host_backward = 1e-3 * rate[1] * launched(trace.backward_work, tp_size) + engine
     return max(0.0, host_forward - forward, host_forward + host_backward - forward - backward)

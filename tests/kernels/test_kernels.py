@@ -79,6 +79,18 @@ def test_rows_of_a_part_of_a_table(device, width, dtype):
     assert torch.equal(memory[1:], torch.stack(expected)) and bool((memory[0] == 7).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaling_in_place_leaves_alone_what_is_multiplied_by_one(device, dtype):
+    x = _randn(5, 16385, device=device).to(dtype)
+    before = x.clone()
+    for factor in (1.0, 1.0 + 2**-22):
+        assert torch.equal(ce.scaled_(x, torch.tensor(factor, device=device)), before) or dtype is torch.float32
+    torch.testing.assert_close(x, before)
+    assert ce.scaled_(x, torch.tensor(0.37, device=device)) is x
+    torch.testing.assert_close(x, ce.scaled(before, torch.tensor(0.37, device=device), dtype))
+    assert torch.equal(ce.scaled_(x, torch.tensor(0.0, device=device)), torch.zeros_like(x))
+
+
 def test_activations_are_known_by_their_values():
     assert [known_activation(a) for a in ACTS.values()] == list(ACTS)
     assert known_activation(torch.nn.SiLU()) == "silu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import device as device_of_tests
 from ranks import run_ranks
 from torch import nn
 from torch.backends import cuda
@@ -13,6 +14,7 @@ from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from ds_seqpar.kernels.addition import PassedGradient
 from ds_seqpar.layers import attention, rotary
 from ds_seqpar.layers.norm import rms_norm_epsilon
 
@@ -88,6 +90,85 @@ def test_attention_prefers_cudnn_among_what_the_user_allows(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     with attention.fastest_attention(gpu, 4096):
         assert order() == before
+
+
+WITHOUT_BIAS = dict(attention_bias=False, mlp_bias=False)  # a bias is added before the sum
+
+
+def _handed_on(family: str) -> tuple[int, int, int]:
+    """Sums that handed a gradient on and nodes that took one, over a step; layers."""
+    from sharding import full_gradients, twins
+
+    taken, handed = [], []
+    take, put = PassedGradient.take, PassedGradient.put
+
+    def counting_take(self):
+        found = take(self)
+        taken.append(found is not None)
+        return found
+
+    PassedGradient.take = counting_take  # in this process, which is forked for the case
+    PassedGradient.put = lambda self, gradient: (handed.append(1), put(self, gradient))
+    model, _ = twins(family, dtype=torch.float32, **WITHOUT_BIAS if family == "llama" else {})
+    ids = torch.arange(8, device=device_of_tests()).view(1, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert full_gradients(model)
+    return sum(handed), sum(taken), model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("family", "a_layer"), [
+    ("llama", 2), ("qwen3", 2),
+    ("olmo2", 0),  # its norms stand behind the blocks
+    ("gemma2", 0),  # another norm stands between a block and the sum
+    ("gpt2", 0),  # layer norms
+])  # fmt: skip
+def test_gradients_past_a_block_are_added_in_its_own_pass(family, a_layer):
+    for handed, taken, layers in run_ranks(2, _handed_on, family):
+        assert handed == taken == a_layer * layers
+
+
+def _odd_backwards() -> list[str]:
+    """What goes wrong where a graph is used otherwise than once from end to end."""
+    from sharding import full_gradients, relative_error, twins
+
+    wrong = []
+    model, reference = twins("llama", dtype=torch.float64, **WITHOUT_BIAS)
+    ids = torch.arange(8, device=device_of_tests()).view(1, 8)
+
+    def loss_of(m):
+        return m(input_ids=ids, labels=ids).loss
+
+    def compare(what):
+        mine = full_gradients(model)
+        trained = [(name, p.grad) for name, p in reference.named_parameters() if p.grad is not None]
+        assert len(trained) > 5
+        wrong.extend(f"{what}: {name}" for name, grad in trained if not relative_error(mine[name], grad) < 1e-6)
+        model.zero_grad()
+        reference.zero_grad()
+
+    for m in (model, reference):  # twice through one graph, and first for the last layer's weights alone
+        loss = loss_of(m)
+        torch.autograd.grad(loss, [m.model.layers[-1].mlp.down_proj.weight], retain_graph=True)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    compare("twice")
+    for m in (model, reference):  # nothing comes back through the blocks of the first layer
+        for block in (m.model.layers[0].mlp, m.model.layers[0].self_attn.o_proj):
+            block.requires_grad_(False)
+        loss_of(m).backward()
+    compare("frozen")
+    plain = modeling_llama.LlamaMLP.forward
+    modeling_llama.LlamaMLP.forward = lambda self, x: plain(self, x).detach()
+    model, reference = twins("llama", dtype=torch.float64, **WITHOUT_BIAS)
+    for m in (model, reference):
+        loss_of(m).backward()
+    compare("detached")
+    return wrong
+
+
+def test_a_gradient_past_a_block_is_never_lost():
+    for wrong in run_ranks(2, _odd_backwards):
+        assert wrong == []
 
 
 def _remarks() -> list[str]:

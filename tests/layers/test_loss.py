@@ -293,6 +293,38 @@ def test_all_logits_are_made_at_once_where_chunks_would_take_as_much_memory(
         assert error < 0.02 if transforms == "none" else True
 
 
+def _bf16_twice(keep: bool) -> dict[str, float]:
+    """Relative errors of the gradients of 0.4 x the mean loss, once, or twice through one kept graph."""
+    groups = ParallelGroups.around(dist.group.WORLD)
+    region = TokenRegion(1, 12, True, groups, Exchange(groups.tp_group, groups.tp_cpu_group, True))
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, H, generator=generator).bfloat16() for n in (12, 8))
+    targets = torch.randint(0, 8, (12,), generator=generator)
+    targets[3] = -100
+    mine = hidden[region.rows * groups.tp_rank :][: region.rows].clone().requires_grad_()
+    start = 4 * groups.tp_rank
+    local = weight[start : start + 4].clone().requires_grad_()
+    total, counted = vocab_parallel_linear_cross_entropy(
+        mine, local, None, targets, region, vocab_start=start, vocab_size=8, chunk_tokens=4096
+    )
+    loss = 0.4 * total / counted
+    for again in [True, False] if keep else [False]:
+        loss.backward(retain_graph=again)
+    wide = [x.double().requires_grad_() for x in (hidden, weight)]
+    (0.4 * (1 + keep) * cross_entropy(wide[0] @ wide[1].t(), targets)).backward()
+    expected = wide[0].grad[region.rows * groups.tp_rank :][: region.rows], wide[1].grad[start : start + 4]
+    found = mine.grad, local.grad
+    return {
+        name: float((a.double() - b).norm() / b.norm()) for name, a, b in zip(("dx", "dw"), found, expected, strict=True)
+    }
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_bf16_gradients_are_scaled_once_for_each_backward(keep: bool) -> None:
+    for errors in run_ranks(2, _bf16_twice, keep, deepspeed=False):
+        assert max(errors.values()) < 0.02
+
+
 def test_logits_of_a_chunk_are_the_largest_thing_that_ever_exists() -> None:
     for elements in run_ranks(2, _largest_allocation, deepspeed=False, timeout=60):
         assert elements <= max(16 * 128, 512 * 4), "logits of more than one chunk existed at once"
