@@ -29,7 +29,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--zero", type=int, choices=[0, 1], default=1)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
-        "--free", action="store_true", help="steps one after another as compare.py runs them, every rank, the GPU's side alone"
+        "--free",
+        action="store_true",
+        help="steps one after another as compare.py runs them, every rank, the GPU's side alone",
     )
     parser.add_argument("--rows", type=int, default=40, help="kernels and host ops listed (%(default)s)")
     parser.add_argument("--trace", action="store_true", help="keep the chrome trace of rank 0 (.json.gz)")
@@ -127,7 +129,9 @@ def free_text_of(case: Any, args: argparse.Namespace) -> tuple[str, dict[str, An
     """The report of one arm over all ranks, and its figures by rank."""
     from harness.trace import between_marks, gpu_activities, stalls, summarise
 
-    lines = [f"# {case.arm}, {case.tokens} tokens, {case.layers} layers, SDPA {case.attention}, steps one after another"]
+    lines = [
+        f"# {case.arm}, {case.tokens} tokens, {case.layers} layers, SDPA {case.attention}, steps one after another"
+    ]
     figures: dict[str, Any] = {}
     for trace in sorted(args.out.glob(f"{case.arm}_{case.tokens}.rank*.json")):
         plain = trace.with_suffix(".ms")

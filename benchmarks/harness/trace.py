@@ -113,7 +113,11 @@ def stalls(activities: Sequence[Activity]) -> list[dict[str, Any]]:
 def _short(activity: Activity, kinds: dict[Activity, str]) -> str:
     """The class, and of what is small the kernel's name too."""
     kind = kinds[activity]
-    return kind if kind in ("GEMM", "attention") else re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", activity.name)[:48]
+    return (
+        kind
+        if kind in ("GEMM", "attention")
+        else re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", activity.name)[:48]
+    )
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:

@@ -78,7 +78,9 @@ class _RowsOfVocabulary(Function):
         ctx.region, ctx.skipped, ctx.count = region, skipped, weight.shape[0]
         ctx.save_for_backward(ids)
         if not region.cut:
-            return all_reduce(rows_into(weight.new_empty((ids.numel(), weight.shape[1])), weight, ids), region.groups.tp_group)
+            return all_reduce(
+                rows_into(weight.new_empty((ids.numel(), weight.shape[1])), weight, ids), region.groups.tp_group
+            )
         scattering = region.transport.scatter(region.tokens, weight.shape[1], weight)
         for rows, memory in scattering.parts():
             rows_into(memory, weight, ids[rows])
@@ -94,7 +96,9 @@ class _RowsOfVocabulary(Function):
             mine &= ids != ctx.skipped
         # One row more, for what is not to be counted: torch leaves that out, and adds nothing.
         full = dy if gathering is None else gathering.whole()
-        dw = torch.ops.aten.embedding_dense_backward(full, torch.where(mine, ids, ctx.count), ctx.count + 1, ctx.count, False)
+        dw = torch.ops.aten.embedding_dense_backward(
+            full, torch.where(mine, ids, ctx.count), ctx.count + 1, ctx.count, False
+        )
         if gathering is not None:
             gathering.release()
         return dw[: ctx.count], None, None, None

@@ -56,7 +56,9 @@ class _LinearCrossEntropy(Function):
         db = torch.zeros_like(bias, dtype=wide) if wants_db and bias is not None else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         counted = (targets != options.ignore_index).sum().to(wide)
-        share = 1.0 / counted.clamp_min(1.0) if weight.dtype is torch.bfloat16 else None  # others' range or digits are for the sum
+        share = (
+            1.0 / counted.clamp_min(1.0) if weight.dtype is torch.bfloat16 else None
+        )  # others' range or digits are for the sum
         for rows, wanted, x in _gathered_chunks(hidden, targets, options):
             logits = torch.nn.functional.linear(x, weight, bias)
             losses, dlogits = _chunk_loss(logits, wanted, options, wants_dx or wants_dw or wants_db, share)

@@ -315,7 +315,8 @@ def _bf16_twice(keep: bool) -> dict[str, float]:
     expected = wide[0].grad[region.rows * groups.tp_rank :][: region.rows], wide[1].grad[start : start + 4]
     found = mine.grad, local.grad
     return {
-        name: float((a.double() - b).norm() / b.norm()) for name, a, b in zip(("dx", "dw"), found, expected, strict=True)
+        name: float((a.double() - b).norm() / b.norm())
+        for name, a, b in zip(("dx", "dw"), found, expected, strict=True)
     }
 
 
