@@ -175,7 +175,7 @@ def _remarks() -> list[str]:
     from sharding import twins
 
     model, _ = twins("gemma2", dtype=torch.float32)
-    model(input_ids=torch.arange(8).view(1, 8))
+    model(input_ids=torch.arange(8, device=device_of_tests()).view(1, 8))
     return model.seqpar_report.remarks
 
 
