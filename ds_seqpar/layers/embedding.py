@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..comm.collectives import all_reduce
+from ..errors import SeqParError
 from ..kernels.lookup import rows_into
 from .handles import TokenShard
 from .region import ShardingState, TokenRegion
@@ -52,8 +53,12 @@ def rows_of_vocabulary(
     """weight [V_r, w], this rank's part of a table over `embedding`'s vocabulary -> (its rows of `ids`, where they lie).
 
     The rows [T, w] are a sum over the ranks: [1, c, w] where the running forward cuts its tokens and not `whole`, else all of them.
-    Raises IndexError for an id outside the vocabulary (on a GPU, a device-side assertion).
+    Raises IndexError for an id outside the vocabulary (on a GPU, a device-side assertion), SeqParError for ids on another device.
     """
+    if ids.device != weight.device:
+        raise SeqParError(
+            f"input ids are on {ids.device}, the embedding on {weight.device}; move the batch to the model's device"
+        )
     region, number = state.region, embedding.num_embeddings
     if region is None or whole or ids.shape != (region.batch, region.seq):
         region = TokenRegion(1, ids.numel(), False, state.groups)
