@@ -135,12 +135,18 @@ def rows(
     return _rows_of([f"2026-11-23_h200x2_{name}" for name in of], arms)
 
 
+NEW_RUNS = ("2026-11-28_h100x2_compare",)  # since gradients of one data-parallel rank stay where they are made
 H100_RUNS = ("h100x2_compare", "h100x2_all_arms", "h100x4_compare", "h100x4_second_compare")
 
 
 def h100_rows(*arms: str, of: tuple[str, ...] = H100_RUNS) -> list[dict[str, Any]]:
     """Of the committed comparisons on two and four H100, 8 and 32 layers."""
     return [row for row in _rows_of([f"2026-11-27_{name}" for name in of], arms) if row["model"] == "8b"]
+
+
+def new_rows(*arms: str) -> list[dict[str, Any]]:
+    """Of the comparison on two H100 with the code as it is."""
+    return _rows_of(list(NEW_RUNS), arms)
 
 
 def _rows_of(names: list[str], arms: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -204,6 +210,28 @@ def test_memory_of_gpu_runs_is_predicted(row: dict[str, Any]) -> None:
 def case_of(row: dict[str, Any]) -> str:
     """Such as seqpar-8192-none-tp2-dp1-zero1."""
     return f"{_case(row)}-tp{row['tp']}-dp{row['ranks'] // row['tp']}-zero{row['zero']}"
+
+
+@pytest.mark.parametrize("row", new_rows("seqpar", "seqpar_loop"), ids=case_of)
+def test_memory_where_gradients_stay_in_place_is_predicted(row: dict[str, Any]) -> None:
+    trace = trace_of(row["layers"], row["tokens"], row["recompute"], True, row["tp"])
+    memory = estimate(trace, Zero(stage=row["zero"] if row["arm"] == "seqpar" else 0), dp_size=1)
+    assert memory.held_bytes / GIB == pytest.approx(row["held_gib"], rel=0.002)
+    assert memory.static / GIB == pytest.approx(row["static_gib"], rel=0.01)
+    assert memory.peak / GIB == pytest.approx(row["peak_gib"], rel=0.03)
+    if row["arm"] == "seqpar":
+        assert max(memory.peak, memory.peak_step) / GIB == pytest.approx(row["peak_step_gib"], rel=0.03)
+
+
+def test_memory_of_32_layers_on_one_gpu_is_predicted() -> None:
+    """ZeRO 3 on one H200: what fits of the whole 8B model with AdamW's state."""
+    (row,) = map(json.loads, (RESULTS / "2026-11-28_h200x1_check_plan_32_layers.jsonl").read_text().splitlines())
+    measured, trace = row["measured"], trace_of(32, 8192, "full", True, 1)
+    memory = estimate(trace, Zero(stage=3), dp_size=1)
+    assert memory.held_bytes / GIB == pytest.approx(measured["held_gib"], rel=1e-5)
+    assert memory.static / GIB == pytest.approx(measured["static_gib"], rel=0.005)
+    assert memory.peak / GIB == pytest.approx(measured["peak_gib"], rel=0.02)
+    assert max(memory.peak, memory.peak_step) / GIB == pytest.approx(measured["peak_step_gib"], rel=0.02)
 
 
 @pytest.mark.parametrize("row", h100_rows("seqpar", "seqpar_loop"), ids=case_of)

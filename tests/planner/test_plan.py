@@ -16,7 +16,7 @@ import pytest
 import torch
 from exactness import fresh_groups
 from ranks import run_ranks
-from test_memory import ENGINE, LOOP, RESULTS, case_of, h100_rows, llama_8b, one_gpu_rows, rows, trace_of
+from test_memory import ENGINE, LOOP, RESULTS, case_of, h100_rows, llama_8b, new_rows, one_gpu_rows, rows, trace_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_seqpar.cli import COMMANDS, completion_script, main
@@ -58,6 +58,23 @@ def test_step_times_of_two_and_four_h100_are_predicted(row: dict[str, Any]) -> N
     assert time.forward_backward == pytest.approx(row["fwd_bwd_ms"], rel=off)
     if row["arm"] == "seqpar":
         assert time.total == pytest.approx(row["step_ms"], rel=off)
+
+
+@pytest.mark.parametrize("row", new_rows("seqpar", "seqpar_loop"), ids=case_of)
+def test_step_times_of_the_code_as_it_is_are_predicted(row: dict[str, Any]) -> None:
+    """Nothing of this run is in the rates."""
+    time = _predicted(row, load_rates("h100"))
+    assert time.forward_backward == pytest.approx(row["fwd_bwd_ms"], rel=0.08)
+    if row["arm"] in ENGINE:
+        assert time.total == pytest.approx(row["step_ms"], rel=0.08)
+
+
+def test_the_step_time_of_32_layers_is_predicted() -> None:
+    (row,) = map(json.loads, (RESULTS / "2026-11-28_h200x1_check_plan_32_layers.jsonl").read_text().splitlines())
+    time = predict(
+        trace_of(32, 8192, "full", True, 1), load_rates("h200"), Zero(stage=3), tp_size=1, dp_size=1, gpus_per_node=8
+    )
+    assert time.total == pytest.approx(row["measured"]["step_ms"], rel=0.1)
 
 
 def test_one_rank_of_few_tokens_takes_its_hosts_time() -> None:
