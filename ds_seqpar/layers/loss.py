@@ -50,7 +50,7 @@ class _LinearCrossEntropy(Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         options = replace(options, chunk_tokens=_tokens_at_once(weight, options, wants_dw))
         # One product rounds once, whatever it is summed in. A sum over tokens can overflow in float16.
-        at_once = options.region.tokens <= options.chunk_tokens and weight.dtype is torch.bfloat16
+        at_once = _rows_at_once(options) >= options.region.rows and weight.dtype is torch.bfloat16
         dx = torch.zeros_like(hidden) if wants_dx else None
         dw = None
         db = torch.zeros_like(bias, dtype=wide) if wants_db and bias is not None else None
@@ -112,13 +112,19 @@ def _graph_is_kept() -> bool:
 
 def _tokens_at_once(weight: Tensor, options: _Options, wants_dw: bool) -> int:
     """How many tokens a chunk has: all, where their logits take no more memory than a chunk's and the wide sum of chunks' dw do."""
-    tokens, width = options.region.tokens, weight.element_size()
+    region, width = options.region, weight.element_size()
+    tokens = region.rows * (region.groups.tp_size if region.cut else 1)  # with dead rows
     if not wants_dw or weight.dtype is not torch.bfloat16 or options.transforms:
         return options.chunk_tokens
     # Bytes for each row of the vocabulary: the logits of a column of tokens, and its gradient; 4 is the sum's, which is rounded last.
     h = weight.shape[1]
     chunked = max(options.chunk_tokens * width + 4 * h, (4 + width) * h)
     return tokens if tokens * width + width * h <= chunked else options.chunk_tokens
+
+
+def _rows_at_once(options: _Options) -> int:
+    """How many of a rank's rows a chunk takes."""
+    return max(1, options.chunk_tokens // (options.region.groups.tp_size if options.region.cut else 1))
 
 
 def _gathered_chunks(hidden: Tensor, targets: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -159,7 +165,7 @@ def _chunks(targets: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor]
     region = options.region
     t = region.groups.tp_size if region.cut else 1
     lined_up = pad(targets, (0, t * region.rows - targets.numel()), value=options.ignore_index).view(t, region.rows)
-    step = max(1, options.chunk_tokens // t)
+    step = _rows_at_once(options)
     for start in range(0, region.rows, step):
         rows = slice(start, min(start + step, region.rows))
         yield rows, lined_up[:, rows].reshape(-1)

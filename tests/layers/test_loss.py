@@ -261,7 +261,8 @@ def _count_chunks(tokens: int, width: int, dtype: torch.dtype, trained: bool, tr
     hidden = torch.randn(tokens, width, generator=generator).to(dtype)
     weight = torch.randn(8, width, generator=generator).to(dtype).requires_grad_(trained)
     targets = torch.randint(0, 8, (tokens,), generator=generator)
-    mine = hidden[region.rows * groups.tp_rank :][: region.rows].clone().requires_grad_()
+    padded = torch.cat([hidden, hidden.new_full((groups.tp_size * region.rows - tokens, width), 9.0)])
+    mine = padded[region.rows * groups.tp_rank :][: region.rows].clone().requires_grad_()
     start = 4 * groups.tp_rank
     local = weight.detach()[start : start + 4].clone().requires_grad_(trained)
     total, _ = vocab_parallel_linear_cross_entropy(
@@ -279,6 +280,7 @@ def _count_chunks(tokens: int, width: int, dtype: torch.dtype, trained: bool, tr
 
 @pytest.mark.parametrize(("tokens", "width", "dtype", "trained", "transforms", "chunks"), [
     (8, 4, torch.bfloat16, True, "none", 1),  # 2 * 8 + 2 * 4 <= 2 * 4 + 4 * 4, the logits of a chunk and the wide sum of two
+    (7, 4, torch.bfloat16, True, "none", 1),  # a dead row
     (10, 4, torch.bfloat16, True, "none", 3),
     (8, 4, torch.float32, True, "none", 2),  # nothing wider is summed
     (8, 4, torch.float16, True, "none", 2),  # a sum over tokens may overflow
