@@ -478,7 +478,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("the backward of the embedding's reduce-scatter keeps own rows", _swap(_RowsOfVocabulary, "backward", _own_rows_gathered)),
     Mutant("without sequence parallelism a backward reduces again", _swap(_RowsOfVocabulary, "backward", _reduced_again), key=PLAIN),
     Mutant("gathered rows stand in the order of other ranks", _swap(regions, "gather_rows", _reversed_ranks), "mixtral", own=EXPERTS),
-    Mutant("dead rows stand at the front", _swap(tokens, "_padded", _dead_rows)),
+    Mutant("dead rows stand at the front", _swap(tokens, "_padded", _dead_rows), "mixtral", own=EXPERTS),
     Mutant("a scaling of the embeddings is dropped", _swap(TokenShard, "_apply", lambda _: _unscaled), "granite"),
     Mutant("a norm has another epsilon", _swap(_Injection, "_fuse_norms", _other_epsilon)),
     Mutant("a product's up factor has no gradient", _swap(linear, "gated_backward", _no_up)),
