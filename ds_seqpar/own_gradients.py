@@ -38,7 +38,9 @@ def leave_gradients(optimizer: Any) -> bool:
     """Tells DeepSpeed's ZeRO 1 and 2 optimizer to leave the gradients alone; False if it does with them more than said above."""
     usual = optimizer.contiguous_gradients and not (optimizer.cpu_offload or optimizer.has_moe_layers)
     plain = optimizer.gradient_accumulation_dtype == optimizer.dtype and optimizer.sequence_parallel_size == 1
-    if not usual or not plain or dist.get_world_size(optimizer.dp_process_group) > 1:
+    # Parameters' gradients may share memory, which a copy ends: DeepSpeed must not add into them.
+    adds = optimizer.gradient_accumulation_steps > 1 and (optimizer.partition_gradients or optimizer.overlap_comm)
+    if adds or not usual or not plain or dist.get_world_size(optimizer.dp_process_group) > 1:
         return False
     # Without contiguous gradients there is neither bucket nor second copy, and this is all that is done with a bucket's gradients.
     optimizer.contiguous_gradients = False

@@ -18,10 +18,10 @@ AS_DEEPSPEED_DOES = {"contiguous_gradients": True}
 
 
 def _run(stage: int, named: dict[str, Any], precision: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], bool]:
-    """This rank's weights before and after two steps of two micro batches, clipped; and whether the report says it."""
+    """This rank's weights before and after steps of two micro batches (stage 2: one), clipped; and whether the report says it."""
     model = tiny("llama").train()
     engine = engine_for(
-        model, torch.optim.AdamW(model.parameters(), lr=1e-2), {"tp_size": 2}, stage, 1, 2,
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2), {"tp_size": 2}, stage, 1, 3 - stage,
         zero_optimization={"stage": stage, **named}, gradient_clipping=0.1, **precision,
     )  # fmt: skip
     before = [p.detach().clone() for p in engine.module.parameters()]
@@ -103,13 +103,15 @@ def _remarks(world_tp: int, section: dict[str, Any], ds: dict[str, Any]) -> list
     (2, 2, {"stage": 0}, {}),
     (2, 2, {"stage": 3}, {}),
     (2, 2, {"stage": 1}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    (2, 2, {"stage": 2}, {"gradient_accumulation_steps": 2}),  # DeepSpeed adds into them
     (2, 2, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"zero_force_ds_cpu_optimizer": False}),
 ])  # fmt: skip
 def test_deepspeed_keeps_them_wherever_more_is_asked_of_it(
     world: int, tp: int, section: dict[str, Any], ds: dict[str, Any]
 ) -> None:
     assert run_ranks(world, _remarks, tp, section, ds) == [[]] * world
-    assert not left_in_place({"zero_optimization": section, **ds}, world // tp)
+    if "gradient_accumulation_steps" not in ds:
+        assert not left_in_place({"zero_optimization": section, **ds}, world // tp)
 
 
 def _timers(named: dict[str, Any]) -> tuple[bool, bool]:

@@ -163,7 +163,7 @@ def _scaled(x, factor, out, size, BLOCK: tl.constexpr):
 @triton.jit
 def _scaled_in_place(x, factor, size, BLOCK: tl.constexpr):
     f = tl.load(factor).to(tl.float32)
-    if tl.abs(f - 1.0) > 1e-6:
+    if (tl.abs(f - 1.0) > 1e-6) | (f != f):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = at < size
         tl.store(x + at, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * f, mask=mask)
@@ -242,7 +242,7 @@ def _column_sums(parts, out, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr
 def _rows_into(out, weight, ids, count, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.load(ids + row)
+    at = tl.load(ids + row).to(tl.int64)
     mine = (at >= 0) & (at < count)
     values = tl.load(weight + tl.where(mine, at, 0) * width + cols, mask=mine & (cols < width), other=0.0)
     tl.store(out + row * width + cols, values, mask=cols < width)

@@ -1,4 +1,4 @@
-"""Fused, chunked, vocabulary-parallel linear + cross-entropy: [T, V_r] logits never exist at once.
+"""Fused, chunked, vocabulary-parallel linear + cross-entropy: [T, V_r] logits exist at once only where that takes no more memory.
 
 Legend: T tokens, t tp_size, c = ceil(T/t), h hidden, V_r this rank's vocabulary rows, k rows a chunk takes from each rank.
 """
@@ -214,7 +214,7 @@ def vocab_parallel_linear_cross_entropy(
         hidden: [region.rows, h], this rank's rows.
         weight: [V_r, h], rows vocab_start .. vocab_start + V_r of the head. bias: [V_r] or None.
         targets: [T] int64, equal on every rank, already shifted; `ignore_index` is not counted.
-        chunk_tokens: logits of this many tokens exist at a time.
+        chunk_tokens: logits of this many tokens exist at a time, or of all where that takes no more memory.
         transforms: elementwise functions of the logits (a scale, a softcap).
 
     Returns:

@@ -89,6 +89,7 @@ def test_scaling_in_place_leaves_alone_what_is_multiplied_by_one(device, dtype):
     assert ce.scaled_(x, torch.tensor(0.37, device=device)) is x
     torch.testing.assert_close(x, ce.scaled(before, torch.tensor(0.37, device=device), dtype))
     assert torch.equal(ce.scaled_(x, torch.tensor(0.0, device=device)), torch.zeros_like(x))
+    assert bool(ce.scaled_(x, torch.tensor(float("nan"), device=device)).isnan().all())
 
 
 def test_activations_are_known_by_their_values():
