@@ -104,6 +104,7 @@ def _named(*ends: str) -> Patch:
 
     def make(run: Any) -> Any:
         def noting(self: Any) -> None:
+            wanted.clear()  # an earlier model's addresses may be another parameter's by now, and on one rank only
             wanted.update(id(p) for n, p in self.model.named_parameters() if n.endswith(ends))
             run(self)
 

@@ -5,9 +5,11 @@ A rank that raises fails the test with its traceback; a rank that does not end i
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -30,7 +32,7 @@ __all__ = ["RankError", "run_ranks"]
 
 
 class RankError(AssertionError):
-    """What went wrong on the ranks: `errors[rank]` is the traceback's text, "hang", or None."""
+    """What went wrong on the ranks: `errors[rank]` is the traceback, for one that did not end where it stood and "hang", or None."""
 
     def __init__(self, errors: list[str | None]) -> None:
         self.errors = errors
@@ -79,8 +81,8 @@ def run_ranks(
         errors: list[str | None] = [None] * world
         for rank, process in enumerate(ranks):
             if process.is_alive():
+                errors[rank] = _where(process, f"{folder}/stack{rank}") + "hang"
                 process.kill()
-                errors[rank] = "hang"
             process.join()
             path = f"{folder}/result{rank}"
             if os.path.exists(path):
@@ -93,12 +95,24 @@ def run_ranks(
         return results
 
 
+def _where(process: Any, stack: str) -> str:
+    """Where a rank that does not end stands, if it can still say so."""
+    if os.path.exists(stack):
+        os.kill(process.pid, signal.SIGUSR1)
+        process.join(1.0)
+        with open(stack) as file:
+            return file.read()
+    return "before its first line\n"
+
+
 def _rank(
     rank: int, world: int, folder: str, function: Callable[..., Any], args: Any, deepspeed: bool, one_gpu: bool
 ) -> None:
     torch.set_num_threads(1)
     result, error = None, None
     gpu = 0 if one_gpu else rank
+    stack = open(f"{folder}/stack{rank}", "w")  # until the process ends
+    faulthandler.register(signal.SIGUSR1, stack)
     try:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(gpu), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"

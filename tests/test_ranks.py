@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,3 +26,16 @@ def test_tests_of_kernels_come_last() -> None:
     ]
     runpy.run_path(str(Path(__file__).with_name("conftest.py")))["pytest_collection_modifyitems"](items)
     assert [item.path.name for item in items] == ["b.py", "d.py", "a.py", "c.py"]
+
+
+def _one_waits() -> None:
+    if torch.distributed.get_rank() == 1:
+        time.sleep(60)
+
+
+def test_a_rank_that_does_not_end_is_named_with_the_line_it_stands_at() -> None:
+    with pytest.raises(ranks.RankError) as failed:
+        ranks.run_ranks(2, _one_waits, timeout=2, deepspeed=False)
+    finished, hanging = failed.value.errors
+    assert finished is None
+    assert hanging.endswith("hang") and "_one_waits" in hanging
