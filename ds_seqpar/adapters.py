@@ -24,9 +24,10 @@ from torch import nn
 from .errors import CheckpointError, PlanError
 from .layers.adapters import AdapterDown, TakesHandles, VocabParallelLookup
 from .layers.blocks import InnerModule, PartialSumLinear
-from .layers.boundaries import HidesHandles, become
 from .layers.linear import RowParallelLinear
+from .layers.passages import HidesHandles
 from .layers.region import ShardingState
+from .layers.surgery import become
 from .plan.cuts import Cut
 from .plan.facts import ModelFacts
 from .plan.model_plan import ModelPlan

@@ -380,13 +380,15 @@ def _cut_in_place(
 def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mapping[str, Any]) -> None:
     engine.seqpar_report = report
     dp_size = comm.get_world_size() // config.tp_size
-    batch = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * dp_size
+    accumulation = engine.gradient_accumulation_steps()
+    batch = engine.train_micro_batch_size_per_gpu() * accumulation * dp_size
     engine._config.train_batch_size = batch
     engine.tput_timer.batch_size = batch
     check = getattr(engine, "first_dataloader_check", None)
     if check is not None:
         check.remove()  # ours compares every forward, and first
-    if engine.optimizer is not None and left_in_place(ds_config, dp_size) and leave_gradients(engine.optimizer):
+    optimizer = engine.optimizer
+    if optimizer is not None and left_in_place(ds_config, dp_size, accumulation) and leave_gradients(optimizer):
         report.remark_later("ZeRO leaves the gradients where backward makes them: no data-parallel rank shares them")
     if not waits_to_time(ds_config):
         report.remark_later(

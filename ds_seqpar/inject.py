@@ -35,28 +35,21 @@ from .layers.blocks import (
     added_once,
     draws_random_numbers,
 )
-from .layers.boundaries import (
-    HidesHandles,
-    Passage,
-    ShardedBlock,
-    ShardedLayer,
-    ShardedModel,
-    ShardedTopModel,
-    TokenDropout,
-    TokenwiseModule,
-    become,
-)
+from .layers.boundaries import ShardedBlock, ShardedLayer, TokenDropout, TokenwiseModule
 from .layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from .layers.embedding import VocabParallelEmbedding
 from .layers.gating import DeferredActivation
 from .layers.guard import InputGuard
 from .layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
 from .layers.masking import answer_known_positions
+from .layers.models import ShardedModel, ShardedTopModel
 from .layers.norm import CutRMSNorm, FusedRMSNorm, rms_norm_epsilon
 from .layers.partial import PartialGradients
+from .layers.passages import HidesHandles, Passage
 from .layers.random import ParallelRandom
 from .layers.region import ShardingState
 from .layers.rotary import fuse_rotary
+from .layers.surgery import become
 from .layers.tokenwise import is_tokenwise
 from .plan.cuts import Cut, Kind
 from .plan.facts import ModelFacts
@@ -431,6 +424,7 @@ class _Injection:
         module.out_features, module.in_features = shape  # type: ignore[assignment, misc]
         if style is Style.HEAD:
             module.vocab_size, module.vocab_start = cut.size, cut.ranges[rank][0][0]  # type: ignore[assignment]
+            module.out_features = cut.size  # the logits it gives are shown whole, and model code sizes its loss by this
             module.vocab_widths = tuple(cut.local_size(r) for r in range(self.state.groups.tp_size))  # type: ignore[assignment]
         row = PartialSumLinear if self._summed else RowParallelConv1D if transposed else RowParallelLinear
         column = ColumnParallelConv1D if transposed else ColumnParallelLinear

@@ -14,33 +14,40 @@ import torch.distributed as dist
 
 from .translation import section
 
-__all__ = ["leave_gradients", "left_in_place", "wants_copies"]
+__all__ = ["leave_gradients", "left_in_place", "unshared", "wants_copies"]
 
 
-def left_in_place(ds_config: Mapping[str, Any], dp_size: int) -> bool:
+def left_in_place(ds_config: Mapping[str, Any], dp_size: int, accumulation: int) -> bool:
     """Whether a run with this DeepSpeed config over `dp_size` data-parallel ranks is one of those."""
     stage = section(ds_config, "zero_optimization").get("stage", 0)
-    return dp_size == 1 and stage in (1, 2) and not wants_copies(ds_config)
+    return unshared(stage, dp_size, accumulation) and not wants_copies(ds_config, accumulation)
 
 
-def wants_copies(ds_config: Mapping[str, Any]) -> bool:
+def unshared(stage: int, dp_size: int, accumulation: int) -> bool:
+    """Whether one rank's gradients are the optimizer's, as they are: at stage 2 DeepSpeed adds micro batches up by itself.
+
+    Parameters' gradients may share memory, which a copy ends: DeepSpeed must not add into them.
+    """
+    return dp_size == 1 and (stage == 1 or (stage == 2 and accumulation == 1))
+
+
+def wants_copies(ds_config: Mapping[str, Any], accumulation: int) -> bool:
     """Whether DeepSpeed must handle gradients at these stages whatever their number of ranks: they go elsewhere, or are widened.
 
-    `contiguous_gradients`, where the user names it, asks for the copies.
+    `contiguous_gradients`, where the user names it, asks for the copies; with `overlap_comm` every micro batch is reduced.
     """
     zero = section(ds_config, "zero_optimization")
     offloads = (section(zero, "offload_optimizer").get("device") or "none") != "none"
     widened = section(ds_config, "data_types").get("grad_accum_dtype") is not None
-    return bool(offloads or widened or zero.get("zenflow") or "contiguous_gradients" in zero)
+    each = bool(zero.get("overlap_comm")) and accumulation > 1
+    return bool(offloads or widened or each or zero.get("zenflow") or "contiguous_gradients" in zero)
 
 
 def leave_gradients(optimizer: Any) -> bool:
     """Tells DeepSpeed's ZeRO 1 and 2 optimizer to leave the gradients alone; False if it does with them more than said above."""
     usual = optimizer.contiguous_gradients and not (optimizer.cpu_offload or optimizer.has_moe_layers)
     plain = optimizer.gradient_accumulation_dtype == optimizer.dtype and optimizer.sequence_parallel_size == 1
-    # Parameters' gradients may share memory, which a copy ends: DeepSpeed must not add into them.
-    adds = optimizer.gradient_accumulation_steps > 1 and (optimizer.partition_gradients or optimizer.overlap_comm)
-    if adds or not usual or not plain or dist.get_world_size(optimizer.dp_process_group) > 1:
+    if not usual or not plain or dist.get_world_size(optimizer.dp_process_group) > 1:
         return False
     # Without contiguous gradients there is neither bucket nor second copy, and this is all that is done with a bucket's gradients.
     optimizer.contiguous_gradients = False

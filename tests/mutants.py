@@ -26,16 +26,16 @@ from ds_seqpar.inject import _Injection
 from ds_seqpar.kernels.addition import PassedGradient
 from ds_seqpar.layers import blocks, boundaries, linear, loss, norm, partial, token_operations
 from ds_seqpar.layers.blocks import SummedBlock, WholeBlock
-from ds_seqpar.layers.boundaries import ShardedModel
 from ds_seqpar.layers.embedding import VocabParallelEmbedding, _RowsOfVocabulary
 from ds_seqpar.layers.guard import InputGuard
-from ds_seqpar.layers.handles import TokenShard
 from ds_seqpar.layers.linear import RowParallelLinear, VocabParallelHead
 from ds_seqpar.layers.loss import CausalLMLoss
+from ds_seqpar.layers.models import ShardedModel
 from ds_seqpar.layers.norm import FusedRMSNorm
 from ds_seqpar.layers.partial import PartialGradients
 from ds_seqpar.layers.random import ParallelRandom
 from ds_seqpar.layers.region import TokenRegion
+from ds_seqpar.layers.token_handles import TokenShard
 
 __all__ = ["MUTANTS", "Mutant"]
 

@@ -21,7 +21,7 @@ from sharding import proven
 from test_dropout import dropout_step, masks_of_parts_differ, masks_of_replicas_agree
 
 from ds_seqpar import DataMismatchError
-from ds_seqpar.layers.boundaries import _sharded_class
+from ds_seqpar.layers.surgery import _sharded_class
 
 __all__ = ["Outcome", "document", "examine"]
 

@@ -11,7 +11,7 @@ from models import batches, tiny
 from ranks import ON_GPU, run_ranks
 from torch import Tensor
 
-from ds_seqpar.engine import left_in_place
+from ds_seqpar.own_gradients import left_in_place
 
 REMARK = "ZeRO leaves the gradients"
 AS_DEEPSPEED_DOES = {"contiguous_gradients": True}
@@ -104,14 +104,15 @@ def _remarks(world_tp: int, section: dict[str, Any], ds: dict[str, Any]) -> list
     (2, 2, {"stage": 3}, {}),
     (2, 2, {"stage": 1}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
     (2, 2, {"stage": 2}, {"gradient_accumulation_steps": 2}),  # DeepSpeed adds into them
+    (2, 2, {"stage": 1, "overlap_comm": True}, {"gradient_accumulation_steps": 2}),
     (2, 2, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"zero_force_ds_cpu_optimizer": False}),
 ])  # fmt: skip
 def test_deepspeed_keeps_them_wherever_more_is_asked_of_it(
     world: int, tp: int, section: dict[str, Any], ds: dict[str, Any]
 ) -> None:
     assert run_ranks(world, _remarks, tp, section, ds) == [[]] * world
-    if "gradient_accumulation_steps" not in ds:
-        assert not left_in_place({"zero_optimization": section, **ds}, world // tp)
+    accumulation = ds.get("gradient_accumulation_steps", 1)
+    assert not left_in_place({"zero_optimization": section, **ds}, world // tp, accumulation)
 
 
 def _timers(named: dict[str, Any]) -> tuple[bool, bool]:

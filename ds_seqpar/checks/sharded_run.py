@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..comm.tokens import gather_rows
 from ..layers.boundaries import ShardedLayer
-from ..layers.handles import Handle, NormedRows, UnsummedRows
+from ..layers.deferred import NormedRows, UnsummedRows
+from ..layers.handles import Handle
 from ..layers.region import ShardingState, TokenRegion
 
 __all__ = ["LayerRecord", "ShardedRun", "first_tensor", "loss_of", "quiet", "shares_state"]

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SeqParError
-from .boundaries import HidesHandles
 from .embedding import rows_of_vocabulary
-from .handles import GatheredInput, Handle, TokenShard
+from .handles import Handle
 from .linear import call_past_deepspeed
+from .passages import HidesHandles
 from .region import ShardingState
+from .token_handles import GatheredInput, TokenShard
 
 __all__ = ["AdapterDown", "PassesHandles", "TakesHandles", "VocabParallelLookup"]
 

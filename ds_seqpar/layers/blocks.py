@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_map
 from ..comm.regions import copy_for_partial, share_of_replicated
 from ..errors import SeqParError
 from .boundaries import ShardedBlock
-from .handles import GatheredInput, TokenShard
 from .region import ShardingState, TokenRegion
+from .token_handles import GatheredInput, TokenShard
 
 __all__ = [
     "ExpertsBlock",

@@ -1,4 +1,4 @@
-"""The borders that a forward crosses: model, layer, block, token-wise module, head.
+"""The borders inside a model that a forward crosses: layer, block, token-wise module.
 
 Each is a mixin put before the Hugging Face class. `__call__` converts outside the module's hooks and `forward` inside
 them, so that DeepSpeed's ZeRO-3 hooks only ever see plain tensors with their autograd history.
@@ -9,82 +9,25 @@ Legend: b batch, s sequence, h hidden, c = ceil(b*s/t).
 from __future__ import annotations
 
 import functools
-import inspect
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..comm.regions import copy_for_partial, share_of_replicated, whole_of_share
-from ..errors import CheckpointError, PlanError, SeqParError
+from ..comm.regions import share_of_replicated, whole_of_share
+from ..errors import SeqParError
 from .attention import fastest_attention
-from .handles import GatheredInput, Handle, NormedRows, ShardedLogits, TokenShard, UnsummedRows, is_watched
-from .masking import positions_of_the_model
+from .deferred import NormedRows, UnsummedRows
 from .norm import remake_of
 from .random import seed_of_state
 from .region import ShardingState, TokenRegion
 from .rotary import within_sharded_block
+from .surgery import parameters_of
+from .token_handles import GatheredInput, TokenShard
 
-__all__ = [
-    "HidesHandles",
-    "Passage",
-    "ShardedBlock",
-    "ShardedLayer",
-    "ShardedModel",
-    "ShardedTopModel",
-    "TokenDropout",
-    "TokenwiseModule",
-    "become",
-]
-
-
-Path = tuple[Any, ...]
-
-
-@functools.cache
-def _sharded_class(cls: type, mixins: tuple[type, ...], before: bool) -> type:
-    bases = mixins if cls in mixins[0].__mro__ else (*mixins, cls) if before else (cls, *mixins)
-    # The names stay Hugging Face's: config.architectures, output recording and kernels look classes up by name.
-    namespace: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    if before and "forward" in vars(mixins[0]):
-        namespace["forward"] = _with_signature_of(cls, mixins[0].forward)  # type: ignore[attr-defined]
-    return type(cls.__name__, bases, namespace)
-
-
-def _with_signature_of(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` that still shows the original's signature: generate() and the HF Trainer read it."""
-
-    def sharded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    functools.update_wrapper(sharded_forward, cls.forward)  # type: ignore[attr-defined]
-    return sharded_forward
-
-
-def _on_object(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(getattr(forward, "__func__", forward))
-    def of_class(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    return of_class
-
-
-def become(module: nn.Module, *mixins: type, before: bool = True) -> None:
-    """Makes `module` an instance of its own class behind (or before) the mixins, in place: parameters, hooks and
-    attributes stay the objects they are."""
-    cls: Any = type(module)  # Module's metaclass hides from mypy that classes are hashable
-    own = vars(module).pop("forward", None)
-    if own is not None:  # a kernel library put it on the object, where it would hide the mixin's
-        cls = type(
-            cls.__name__,
-            (cls,),
-            {"forward": _on_object(own), "__module__": cls.__module__, "__qualname__": cls.__qualname__},
-        )
-    module.__class__ = _sharded_class(cls, mixins, before)
+__all__ = ["ShardedBlock", "ShardedLayer", "TokenDropout", "TokenwiseModule"]
 
 
 class TokenwiseModule:
@@ -211,12 +154,6 @@ class ShardedBlock:
         return output
 
 
-@functools.cache
-def _parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of its arguments, without self. Asking takes as long as launching ten kernels."""
-    return tuple(name for name in inspect.signature(function).parameters if name != "self")
-
-
 class ShardedLayer:
     """A decoder layer: between its blocks it runs on this rank's tokens; its input and output are TokenShards.
 
@@ -231,7 +168,7 @@ class ShardedLayer:
         region = self.seqpar.region
         if region is None:
             raise SeqParError(f"{type(self).__name__} was called outside a forward of its model")
-        first, *names = _parameters_of(super().forward.__func__)  # type: ignore[misc]
+        first, *names = parameters_of(super().forward.__func__)  # type: ignore[misc]
         hidden_states, *rest = args or (kwargs.pop(first),)
         if isinstance(hidden_states, TokenShard):
             local = hidden_states.local()
@@ -261,295 +198,3 @@ class ShardedLayer:
             if isinstance(output, tuple) and isinstance(output[0], UnsummedRows):
                 return (output[0].materialise(), *output[1:])
             return output.materialise() if isinstance(output, UnsummedRows) else output
-
-
-class _Guarded:
-    """Compares the inputs over the group once a forward, whichever module the caller entered by."""
-
-    seqpar: ShardingState
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's, if it is given whole tensors; by itself it would write this rank's shards under the usual names."""
-        if kwargs.get("state_dict") is None:
-            raise CheckpointError(
-                "model.save_pretrained would write this rank's shards; call ds_seqpar.save_pretrained(engine, folder) on all "
-                "ranks, or pass state_dict=ds_seqpar.full_state_dict(engine)"
-            )
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the vocabulary is already cut."""
-        raise PlanError(
-            "resize_token_embeddings must come before the model is sharded: call it before deepspeed.initialize"
-        )
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Hugging Face's count, of the whole model."""
-        entries, count = self.seqpar.entries, 0
-        embeddings = {f"{n}.weight" for n, m in self.named_modules() if isinstance(m, nn.Embedding)}  # type: ignore[attr-defined]
-        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
-            if not (exclude_embeddings and name in embeddings) and (parameter.requires_grad or not only_trainable):
-                count += math.prod(entries[id(parameter)].shape)
-        return count
-
-    @contextmanager
-    def _guarded(self, args: Any, kwargs: Any) -> Iterator[int]:
-        state = self.seqpar
-        if state.guarded_seed is not None:
-            yield state.guarded_seed
-            return
-        state.guarded_seed = state.guard.check(args, kwargs, seeds=self.training)  # type: ignore[attr-defined]
-        try:
-            yield state.guarded_seed
-        finally:
-            state.guarded_seed = None
-
-
-class ShardedModel(_Guarded):
-    """The base model, or one of its stacks: decides how this forward's tokens lie, and shows its outputs as TokenShards.
-
-    `states` names arguments that are another stack's output; `stream` numbers the stacks, whose random numbers differ.
-    """
-
-    states: tuple[str, ...] = ()
-    stream: int = 0
-
-    _shards: set[Path] | None = None  # where in the output of the call that is running the shards are
-    _sharded: dict[str, nn.Module] | None = None
-    _seen_through: list[tuple[int, list[nn.Module]]] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Hugging Face model; hidden states come back as handles that become real when they are used."""
-        state = self.seqpar
-        state.partial.arm()
-        self._refuse_replaced()
-        with self._guarded(args, kwargs) as seed:
-            self._refuse_attentions(kwargs)
-            watched = self._watched()
-            region = state.region_for(
-                *self._batch_and_seq(args, kwargs), together=not self._recomputes_reentrantly(), watched=watched
-            )
-            args, kwargs = self._with_states(args, kwargs)
-            fork = state.random.fork(seed + self.stream, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
-            own_positions = positions_of_the_model() if self._only_tokens(args, kwargs) else nullcontext()
-            shards: set[Path] = set()
-            outer, self._shards = self._shards, shards
-            try:
-                with state.within(region), fork, own_positions:
-                    output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            finally:
-                self._shards = outer
-        if not region.cut:
-            return output
-        local = region.local_shape(self.hidden_size)  # type: ignore[attr-defined]
-
-        def is_shard(path: Path, x: Tensor) -> bool:
-            return path in shards or tuple(x.shape) == local  # recorded hidden states never were handles
-
-        return _map(output, lambda path, x: TokenShard(x, region, state) if is_shard(path, x) else x)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The Hugging Face forward; handles leave as the shards they hold, for the hooks."""
-
-        def held(path: Path, x: Tensor) -> Tensor:
-            if not isinstance(x, TokenShard):
-                return x
-            if self._shards is not None:
-                self._shards.add(path)
-            return x.local()
-
-        return _map(super().forward(*args, **kwargs), held)  # type: ignore[misc]
-
-    def _only_tokens(self, args: Any, kwargs: Any) -> bool:
-        """Whether the model was given nothing that its positions could depend on but the number of tokens."""
-        more = [*args[1:], *(x for name, x in kwargs.items() if name not in ("input_ids", "inputs_embeds"))]
-        return all(x is None or isinstance(x, bool | int | float | str) for x in more)
-
-    def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int]:
-        names = _parameters_of(type(self).forward)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        for name in ("input_ids", "inputs_embeds", "hidden_states"):
-            if given.get(name) is not None:
-                shape = given[name].shape
-                if len(shape) != (2 if name == "input_ids" else 3):
-                    raise SeqParError(
-                        f"{name} of shape {list(shape)}: a sharded model takes [batch, tokens], or [batch, tokens, h]"
-                    )
-                return int(shape[0]), int(shape[1])
-        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-
-    def _recomputes_reentrantly(self) -> bool:
-        """Whether layers are checkpointed so that each runs a backward pass of its own."""
-        layers = (m for m in (self._sharded or {}).values() if isinstance(m, ShardedLayer))
-        recompute = (
-            getattr(m, "_gradient_checkpointing_func", None)
-            for m in layers
-            if getattr(m, "gradient_checkpointing", False)
-        )
-        return any(getattr(function, "keywords", {}).get("use_reentrant") for function in recompute)
-
-    def _refuse_replaced(self) -> None:
-        """A forward that was put on a sharded module's object hides its own, and gives wrong gradients without an error."""
-        if self._sharded is None:
-            self._sharded = {name: m for name, m in self.named_modules() if "seqpar" in vars(m)}  # type: ignore[attr-defined]
-        for name, module in self._sharded.items():
-            if "forward" in vars(module):
-                source = getattr(vars(module)["forward"], "__module__", "somebody")
-                raise PlanError(
-                    f"the forward of {name or type(module).__name__} was replaced by {source} after the model was sharded; apply "
-                    "kernels before deepspeed.initialize (with the HF Trainer: train before the first evaluation)"
-                )
-
-    def _watched(self) -> frozenset[int]:
-        """Ids of the norms before blocks that are watched, and of the blocks in which anything is: an output goes through wrappers."""
-        if self._seen_through is None:
-            modules = (self._sharded or {}).values()
-            self._seen_through = [
-                (id(m), list(m.modules()))
-                for m in modules
-                if isinstance(m, ShardedBlock) or getattr(m, "stands_before_blocks", False)
-            ]
-        # DeepSpeed's ZeRO-3 puts an autograd function in the place of F.linear, for all models of the process and for good; hooks of
-        # all modules must take handles as they are, but those of backward put what a module returns through such a function too.
-        hooks = torch.nn.modules.module
-        below_python = bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
-        below_python |= torch.nn.functional.linear.__module__ not in ("torch._C._nn", "torch.nn.functional")
-        return frozenset(name for name, modules in self._seen_through if below_python or any(map(is_watched, modules)))
-
-    def _with_states(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments, with another stack's output whole for the cross-attentions of all layers.
-
-        It is gathered once, and the gradients that the layers' linears give it, which are parts, are reduce-scattered once.
-        """
-        if not self.states:
-            return args, kwargs
-        names = _parameters_of(type(self).forward)
-        args = tuple(self._whole(x) if name in self.states else x for name, x in zip(names, args, strict=False))
-        return args, {name: self._whole(x) if name in self.states else x for name, x in kwargs.items()}
-
-    def _whole(self, x: Any) -> Any:
-        if isinstance(x, TokenShard):
-            if torch.is_grad_enabled():
-                return x.region.full_for_partial(x.local())
-            x._expected = True
-            return x.materialise("cross-attention")  # kept: generate() gives the same one to every step
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            return copy_for_partial(x, self.seqpar.groups.tp_group)
-        return x
-
-    def _refuse_attentions(self, kwargs: dict[str, Any]) -> None:
-        asked = kwargs.get("output_attentions")
-        if asked or (asked is None and getattr(self.config, "output_attentions", False)):  # type: ignore[attr-defined]
-            raise PlanError(
-                "output_attentions=True is not available: each rank holds its own heads only; set it to False"
-            )
-
-
-class HidesHandles:
-    """A module whose outputs are handles to its caller, but to its hooks the tensors that they are made of."""
-
-    _handles: dict[Path, Handle] | None = None  # of the call that is running
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Output tensors that were handles inside are handles again."""
-        handles: dict[Path, Handle] = {}
-        outer, self._handles = self._handles, handles
-        try:
-            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self._handles = outer
-        return _map(output, lambda path, x: handles[path].over(x) if path in handles else x)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward; handles leave as the tensors they are made of, for the hooks.
-
-        A caller that takes `forward` itself gets what a call returns.
-        """
-        handles = self._handles
-        if handles is None:
-            return self(*args, **kwargs)
-
-        def plain(path: Path, x: Tensor) -> Tensor:
-            if not isinstance(x, Handle):
-                return x
-            if not x.is_untouched():
-                return x.materialise("output")
-            handles[path] = x
-            return x.source
-
-        return _map(super().forward(*args, **kwargs), plain)  # type: ignore[misc]
-
-
-class Passage(HidesHandles):
-    """A module that handles go through: an encoder around its layers, a head around its linears.
-
-    To its hooks the inputs and outputs are the tensors that they are made of; to its own code and its caller they are handles.
-    """
-
-    _given: dict[Path, Handle] | None = None  # to the call that is running
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
-        given: dict[Path, Handle] = {}
-
-        def plain(path: Path, x: Tensor) -> Tensor:
-            if not isinstance(x, TokenShard | ShardedLogits):
-                return x
-            if not x.is_untouched():
-                return x.materialise(type(self).__name__)
-            given[path] = x
-            return x.source
-
-        args, kwargs = _map(args, plain), _map(kwargs, plain, ("keyword",))
-        outer, self._given = self._given, given
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:
-            self._given = outer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward, on handles again."""
-        given = self._given or {}
-
-        def as_given(path: Path, x: Tensor) -> Tensor:
-            return given[path].over(x) if path in given else x
-
-        return super().forward(*_map(args, as_given), **_map(kwargs, as_given, ("keyword",)))
-
-
-class ShardedTopModel(_Guarded, HidesHandles):
-    """What the user calls, around the base model: shows `logits` (and hidden states) as handles."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Hugging Face model; `outputs.logits` becomes real when it is used.
-
-        What stands outside the base model (a vision tower, a classifier's dropout) is replicated, and draws alike on every rank.
-        """
-        with self._guarded(args, kwargs) as seed:
-            fork = self.seqpar.random.fork(seed, per_rank=False) if self.training else nullcontext()  # type: ignore[attr-defined]
-            with fork:
-                return super().__call__(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Hugging Face model's; see HidesHandles."""
-        return super().forward(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's generate, on every rank of the group; all sample alike, as the group's first rank was seeded."""
-        self.seqpar.random.agree()
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-
-def _map(output: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
-    """`output` (tensor, tuple, list or ModelOutput) with its tensors changed; mappings are changed in place."""
-    if isinstance(output, Tensor):
-        return change(path, output)
-    if isinstance(output, dict):
-        for key, value in list(output.items()):
-            changed = _map(value, change, (*path, key))
-            if changed is not value:
-                output[key] = changed
-        return output
-    if type(output) in (tuple, list):
-        return type(output)(_map(x, change, (*path, i)) for i, x in enumerate(output))
-    return output

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from ..comm.collectives import all_reduce
 from ..errors import SeqParError
 from ..kernels.lookup import rows_into
-from .handles import TokenShard
 from .region import ShardingState, TokenRegion
+from .token_handles import TokenShard
 
 __all__ = ["VocabParallelEmbedding", "rows_of_vocabulary"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import is_plain
-from .handles import GatedActivation
+from .deferred import GatedActivation
 from .region import ShardingState
 
 __all__ = ["DeferredActivation"]

@@ -2,8 +2,6 @@
 
 Model code reads `.shape`, `.dtype`, `.device`; sharded layers recognise the handle and take its parts; a scaling,
 cast or dropout acts on the part; anything else gets the real tensor, gathered differentiably, and is counted.
-
-Legend: b batch, s sequence, h hidden, V vocabulary, c = ceil(b*s/t).
 """
 
 from __future__ import annotations
@@ -11,34 +9,16 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import SeqParError
-from ..kernels.addition import sum_with
-from ..kernels.dispatch import is_plain
 from .region import ShardingState, TokenRegion
-from .token_operations import ACTIVATIONS, ARITHMETIC, features_of, picked_tokens, rows_like
 
-if TYPE_CHECKING:
-    from .linear import ColumnParallelLinear, VocabParallelHead
-    from .norm import Remake
-
-__all__ = [
-    "GatedActivation",
-    "GatedProduct",
-    "GatheredInput",
-    "Handle",
-    "ShardedLogits",
-    "TokenShard",
-    "UnsummedRows",
-    "NormedRows",
-    "is_watched",
-]
+__all__ = ["ELEMENTWISE", "SCALINGS", "Handle", "is_shape_of", "name_of", "refuse_outside_graph", "selects_everything"]
 
 _BELOW_PYTHON = (
     "a tensor that ds_seqpar holds in parts went through an autograd function below Python, where its gradient cannot follow; "
@@ -54,17 +34,16 @@ _METADATA_PROPERTIES = {
     "is_nested", "is_mkldnn", "is_mps", "is_xpu", "itemsize", "nbytes", "names", "is_sparse_csr",
 }  # fmt: skip
 _AUTOGRAD_PROPERTIES = {"requires_grad", "grad_fn", "is_leaf"}
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "mul", "__mul__", "__rmul__", "multiply", "div", "__div__", "__truediv__", "true_divide", "divide", "add", "__add__",
     "__radd__", "sub", "__sub__", "neg", "__neg__", "tanh", "to", "float", "half", "bfloat16", "contiguous",
 }  # fmt: skip
 _SUMS = {"add", "__add__", "__radd__", "sub", "__sub__"}
-_SCALINGS = {"mul", "__mul__", "__rmul__"}
-_ARITHMETIC = _ELEMENTWISE - {"to", "float", "half", "bfloat16", "contiguous"}
-_ELEMENTWISE_ON_TOKENS = _ELEMENTWISE | ACTIVATIONS | {"dropout", "clone", "detach"}
+SCALINGS = {"mul", "__mul__", "__rmul__"}
+_ARITHMETIC = ELEMENTWISE - {"to", "float", "half", "bfloat16", "contiguous"}
 
 
-def _name_of(func: Callable[..., Any]) -> tuple[str, bool]:
+def name_of(func: Callable[..., Any]) -> tuple[str, bool]:
     """(name, is a property read) of what `__torch_function__` was given."""
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
@@ -79,7 +58,7 @@ def _is_in_place(name: str) -> bool:
     return name == "__setitem__" or inplace_dunder or (name.endswith("_") and not name.endswith("__"))
 
 
-def _selects_everything(index: Any) -> bool:
+def selects_everything(index: Any) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
     if sum(part is not Ellipsis for part in parts) > 3:
         return False
@@ -98,7 +77,7 @@ class Handle(torch.Tensor):
     _hooks: list[tuple[Callable[..., Any], Any]]
     _expected: bool = False  # becoming whole is the plan, nothing to report
     _grad_mode: bool  # of the forward that made it, whatever mode its reader is in
-    _elementwise: set[str] = _ELEMENTWISE
+    _elementwise: set[str] = ELEMENTWISE
     _allows_in_place = True
 
     @classmethod
@@ -192,13 +171,13 @@ class Handle(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name, is_property = _name_of(func)
+        name, is_property = name_of(func)
         first = args[0] if args else None
         if name in (_METADATA_PROPERTIES if is_property else _METADATA):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if isinstance(first, Handle):
-            _refuse_outside_graph(first)
+            refuse_outside_graph(first)
             if is_property and name in _AUTOGRAD_PROPERTIES:
                 return getattr(first._full, name) if first._full is not None else first._autograd(name)
             if name == "register_hook" and first._full is None:
@@ -206,7 +185,7 @@ class Handle(torch.Tensor):
                 first._hooks.append((args[1], removable))
                 return removable
             if first.is_untouched():
-                if name == "__getitem__" and _selects_everything(args[1]):
+                if name == "__getitem__" and selects_everything(args[1]):
                     return first
                 if name == "to" and _names_own_device(first, args, kwargs):
                     return first
@@ -250,7 +229,7 @@ def _names_own_device(handle: Handle, args: Any, kwargs: dict[str, Any]) -> bool
     )
 
 
-def _refuse_outside_graph(handle: Handle) -> None:
+def refuse_outside_graph(handle: Handle) -> None:
     """A C++ autograd function that took a handle made a graph past its parts; gradients through it would be lost."""
     with torch._C.DisableTorchFunctionSubclass():
         foreign = handle.grad_fn
@@ -280,61 +259,7 @@ def _call_on_real(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> An
     return first if isinstance(first, Handle) and result is first._full else result
 
 
-class TokenShard(Handle):
-    """[b, s, h] of which this rank holds `source` [1, c, h]: embeddings, layer outputs, the last hidden state.
-
-    Whole, it serves work that every rank repeats alike (pooling, a value head, a user's own loss). Sums with tensors that every
-    rank has, features of each token, and few tokens of all are taken without making it whole.
-    """
-
-    _elementwise = _ELEMENTWISE_ON_TOKENS
-
-    def __new__(
-        cls, source: Tensor, region: TokenRegion, state: ShardingState, *, meant_whole: bool = False
-    ) -> TokenShard:
-        """`source` [1, c, h], any floating dtype; layers that carry several streams have [1, c, streams, h]. `meant_whole` if
-        gathering it is the plan and nothing to report: it is narrower than what it was made of."""
-        shape = (region.batch, region.seq, *source.shape[2:])
-        handle = cls._make(shape, source, region, state, source.dtype)
-        handle._expected = meant_whole
-        return handle  # type: ignore[no-any-return]
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = _name_of(func)[0]
-        result = None
-        if not kwargs and len(args) == 2 and (name == "__getitem__" or name in ARITHMETIC):
-            result = _on_parts(func, name, *args)
-        elif name in ("view", "reshape") and not kwargs and _is_shape_of(args[0], args[1:]):
-            result = args[0]
-        return super().__torch_function__(func, types, args, kwargs) if result is None else result
-
-    def over(self, source: Tensor) -> Tensor:
-        return TokenShard(source, self.region, self.state, meant_whole=self._expected)
-
-    def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
-        # Outside a forward the ranks' generators run alike, and would give every rank's rows the same mask.
-        draws = name == "dropout" and self.state.region is None
-        return super()._may_act(name, args, kwargs) and not draws and not kwargs.get("inplace")
-
-    def _lies_as(self, other: Any) -> bool:
-        alike = (
-            isinstance(other, TokenShard) and other.region == self.region and other.source.shape == self.source.shape
-        )
-        return alike and self.is_untouched() and other.is_untouched() and self._grad_mode == other._grad_mode
-
-    def _gather(self) -> Tensor:
-        return self.region.full_for_replicated(self.source)
-
-    def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.over(act(self.source))
-
-    def local(self) -> Tensor:
-        """This rank's rows [1, c, h]: the shard, or the rows of the whole once somebody has had it in hand."""
-        return self.source if self._full is None else self.region.local_of_replicated(self._full)
-
-
-def _is_shape_of(handle: Any, sizes: Any, shape: Sequence[int] | None = None) -> bool:
+def is_shape_of(handle: Any, sizes: Any, shape: Sequence[int] | None = None) -> bool:
     """True if `view(*sizes)` of an untouched handle means its own shape, or the `shape` given."""
     if not (isinstance(handle, Handle) and handle.is_untouched()):
         return False
@@ -345,384 +270,3 @@ def _is_shape_of(handle: Any, sizes: Any, shape: Sequence[int] | None = None) ->
         and asked.count(-1) <= 1
         and all(mine in (-1, size) for mine, size in zip(asked, whole, strict=True))
     )
-
-
-def _on_parts(func: Callable[..., Any], name: str, left: Any, right: Any) -> Tensor | None:
-    """`func` of tokens of which the ranks hold parts, and something else, without gathering them; None if it cannot be done."""
-    handles = [x for x in (left, right) if isinstance(x, TokenShard)]
-    first = handles[0]
-    for handle in handles:
-        _refuse_outside_graph(handle)
-    if not all(x.is_untouched() and x.region is first.region for x in handles):
-        return None
-    with torch.set_grad_enabled(first._grad_mode and torch.is_grad_enabled()):
-        if name == "__getitem__":
-            if left is not first or _selects_everything(right):
-                return None
-            features = features_of(first.source, right)
-            if features is None:
-                return picked_tokens(first.source, first.region, right)
-            narrower = first._expected or features.numel() < first.source.numel()
-            return TokenShard(features, first.region, first.state, meant_whole=narrower)
-        sides = [_side(x, first) for x in (left, right)]
-        return None if sides[0] is None or sides[1] is None else first.over(func(*sides))
-
-
-def _side(x: Any, tokens: TokenShard) -> Tensor | None:
-    """What of an operand stands beside this rank's rows of `tokens`; None if it has none, or is not a tensor of several numbers."""
-    if isinstance(x, TokenShard):
-        return x.source if x.shape == tokens.shape else None
-    if not isinstance(x, Tensor) or isinstance(x, Handle) or x.dim() == 0:
-        return None
-    return rows_like(x, tokens.source, tokens.region)
-
-
-class GatheredInput(Handle):
-    """The input [b, s, h] of a sharded block, of which this rank holds `source` (rows, or all where tokens are not cut).
-
-    Column-parallel linears of the block are computed together from one gather. Whole, it serves work inside the block,
-    whose gradient is a part on every rank.
-    """
-
-    _elementwise: set[str] = {"to", "float", "half", "bfloat16", "dropout", *_SCALINGS}
-    _allows_in_place = False
-    _outputs: dict[int, Tensor]
-    _alone: bool  # made of a block's input: no sibling is computed with what reads it
-    _version_gathered: int
-    _remake: Remake | None
-    _normed: NormedRows | None = None  # what the rows will be, while nobody has asked for them
-    _rows: Tensor
-
-    def __new__(
-        cls,
-        source: Tensor,
-        region: TokenRegion,
-        state: ShardingState,
-        remake: Remake | None = None,
-        *,
-        meant_whole: bool = False,
-    ) -> GatheredInput:
-        """`source` in `region.local_shape`; `remake` computes it again in backward; `meant_whole` if gathering it is the plan
-        and nothing to report."""
-        shape = (region.batch, region.seq, source.shape[-1])
-        handle = cls._make(shape, source, region, state, source.dtype)
-        handle._outputs, handle._remake, handle._alone, handle._expected = {}, remake, False, meant_whole
-        return handle  # type: ignore[no-any-return]
-
-    def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
-        # Where tokens are not cut every rank holds all rows, and must drop the same of them.
-        # A block's own input is not scaled behind the back of the linears that share it; a latent may be.
-        allowed = self.region.cut if name == "dropout" else self._expected or name not in _SCALINGS
-        return allowed and super()._may_act(name, args, kwargs)
-
-    def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
-        changed = GatheredInput(act(self.source), self.region, self.state, meant_whole=self._expected)
-        changed._alone = True
-        return changed
-
-    def _lies_as(self, other: Any) -> bool:
-        """Only what is meant to be gathered: a block's own input stays what its linears know it as."""
-        meant = isinstance(other, GatheredInput) and self._expected and other._expected and self.region.cut
-        alike = meant and other.region == self.region and other.source.shape == self.source.shape
-        return alike and self.is_untouched() and other.is_untouched() and self._grad_mode == other._grad_mode
-
-    @classmethod
-    def of_normed(cls, normed: NormedRows) -> GatheredInput:
-        """The input of a block whose rows are a norm that is not computed yet, and for its linears need not be."""
-        region, state = normed.region, normed.state
-        shape = (region.batch, region.seq, normed.shape[-1])
-        handle = cls._make(shape, normed.source, region, state, normed.dtype, normed.requires_grad)
-        handle._outputs, handle._remake, handle._alone, handle._expected, handle._normed = (
-            {},
-            None,
-            False,
-            False,
-            normed,
-        )
-        return handle  # type: ignore[no-any-return]
-
-    @property
-    def source(self) -> Tensor:
-        """The rows. Whoever wants them, and not only what the linears make of them, has the norm computed."""
-        if self._normed is not None:
-            self._rows, self._normed = self._normed.materialise(), None
-            self._remake = getattr(self._rows, "_seqpar_remake", None)
-        return self._rows
-
-    @source.setter
-    def source(self, rows: Tensor) -> None:
-        self._rows = rows
-
-    def _autograd(self, name: str) -> Any:
-        if name == "requires_grad" and self._normed is not None:
-            return self._normed._autograd(name)
-        return super()._autograd(name)
-
-    def rows(self) -> Tensor:
-        """This rank's rows, `source`; refused once the gathered whole was changed in place."""
-        if self._full is not None and self._full._version != self._version_gathered:
-            raise SeqParError("a block's input was changed in place; let the model code clone() it first")
-        return self.source
-
-    def _gather(self) -> Tensor:
-        full = self.region.full_for_partial(self.source)
-        self._version_gathered = full._version
-        return full
-
-    def column(self, linear: ColumnParallelLinear) -> Tensor:
-        """Output [b, s, out/t] of one column-parallel linear; its siblings' come from the same gather."""
-        from .linear import column_parallel
-
-        rows = self.rows() if self._normed is None else self._normed
-        if id(linear) not in self._outputs:
-            apart = self.region.apart
-            siblings = () if self._alone or id(linear) in apart else linear.siblings
-            done = apart.union((id(linear),), self._outputs)
-            members = [linear, *(m for m in siblings if id(m) not in done)]
-            outputs = column_parallel(rows, self.region, [m.as_linear() for m in members], self._remake)
-            self._outputs.update({id(m): out for m, out in zip(members, outputs, strict=True)})
-        return self._outputs.pop(id(linear))
-
-    def unused(self) -> frozenset[int]:
-        """Ids of sibling linears that were computed with the others but never asked for."""
-        return frozenset(self._outputs)
-
-
-class _Deferred(Handle):
-    """Not a part of anything: a tensor of this rank that is not computed until somebody needs it as such."""
-
-    _elementwise: set[str] = set()
-
-    def _count(self, name: str) -> None:
-        pass
-
-    @classmethod
-    def of(cls, source: Tensor, state: ShardingState, requires_grad: bool | None = None) -> Any:
-        """The handle of a function of `source` that has its shape; `requires_grad` if not as `source`."""
-        region = state.region
-        assert region is not None, "made in a layer, by a forward that is running"
-        return cls._make(tuple(source.shape), source, region, state, source.dtype, requires_grad)
-
-
-class GatedActivation(_Deferred):
-    """act(gate); multiplied with a tensor of its shape it becomes a GatedProduct."""
-
-    act: str
-    compute: Callable[[Tensor], Tensor]
-
-    def _gather(self) -> Tensor:
-        return self.compute(self.source)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _name_of(func)[0] in ("mul", "__mul__", "__rmul__", "multiply") and len(args) == 2 and not kwargs:
-            gate, up = args if isinstance(args[0], GatedActivation) else args[::-1]
-            alike = is_plain(up) and up.shape == gate.shape and up.dtype == gate.dtype
-            if alike and gate.is_untouched() and gate._grad_mode == torch.is_grad_enabled():
-                product: GatedProduct = GatedProduct.of(gate.source, gate.state)
-                product.up, product.act, product.compute = up, gate.act, gate.compute
-                return product
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-class GatedProduct(_Deferred):
-    """act(gate) * up; a row-parallel linear takes it apart, keeps gate and up, and makes the product again in backward."""
-
-    up: Tensor
-    act: str
-    compute: Callable[[Tensor], Tensor]
-
-    def _gather(self) -> Tensor:
-        return self.compute(self.source) * self.up
-
-
-def is_watched(module: Any) -> bool:
-    """Whether hooks of the module's own see what it takes or returns, and may keep or change it.
-
-    A hook with a true `only_looks` takes handles as they are.
-    """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if not any(hooks):  # asked of every module in every forward
-        return False
-    return any(not getattr(hook, "only_looks", False) for found in hooks for hook in found.values())
-
-
-class NormedRows(_Deferred):
-    """RMS norm of this rank's rows, `source` [1, c, h], with `weight` [h]: a sharded block makes it a part of its products."""
-
-    weight: Tensor
-    eps: float
-    compute: Callable[[], Tensor]
-
-    @classmethod
-    def of_norm(cls, x: Tensor, weight: Tensor, eps: float, state: ShardingState, compute: Callable[[], Tensor]) -> Any:
-        """The handle of rms_norm(x, weight, eps), which is what `compute` returns."""
-        handle = cls.of(x, state, requires_grad=x.requires_grad or weight.requires_grad)
-        handle.weight, handle.eps, handle.compute = weight, eps, compute
-        return handle
-
-    def _autograd(self, name: str) -> Any:
-        if name == "requires_grad":
-            return self.source.requires_grad or self.weight.requires_grad
-        return getattr(self.materialise(), name)
-
-    def _gather(self) -> Tensor:
-        return self.compute()
-
-
-class UnsummedRows(_Deferred):
-    """What a row-parallel linear makes of this rank's rows, `source` in the region's local shape, before what was `received`
-    [p, c, h] for them is added: the layer's code adds its residual, and all is one pass."""
-
-    received: Tensor | None
-
-    @classmethod
-    def of_addends(cls, own: Tensor, received: Tensor | None, state: ShardingState) -> Any:
-        """The handle of their sum; `own` has the gradient's history of both."""
-        handle = cls.of(own, state)
-        handle.received = received
-        return handle
-
-    def _gather(self) -> Tensor:
-        return sum_with(self.source, self.received, None)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = _name_of(func)[0]
-        if name in ("add", "__add__", "__radd__") and len(args) == 2 and not kwargs:
-            rows, residual = args if isinstance(args[0], UnsummedRows) else args[::-1]
-            alike = is_plain(residual) and residual.shape == rows.shape and residual.dtype == rows.dtype
-            if alike and rows.is_untouched() and rows._grad_mode == torch.is_grad_enabled():
-                _refuse_outside_graph(rows)
-                return sum_with(rows.source, rows.received, residual)
-        if name == "dropout" and isinstance(args[0], UnsummedRows) and not _drops(*args[1:], **(kwargs or {})):
-            return args[0]
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _drops(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
-    """Whether torch's dropout with these arguments would change anything."""
-    return bool(p and training)
-
-
-@dataclass(frozen=True)
-class _OverVocabulary:
-    """`func` of logits and one number for each entry of the vocabulary, `other` [V]; takes all of it or this rank's part."""
-
-    func: Callable[..., Tensor]
-    other: Tensor
-    start: int
-    stands_left: bool
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        width = logits.shape[-1]
-        other = self.other if width == self.other.numel() else self.other.narrow(0, self.start, width)
-        return self.func(other, logits) if self.stands_left else self.func(logits, other)
-
-
-class ShardedLogits(Handle):
-    """[b, s, V], or [T, V], over `source` (the hidden rows that this rank holds) and the head's vocabulary shard; not computed yet.
-
-    Scalings, casts, tanh and a bias over the vocabulary are kept in `transforms` and replayed on whatever part of the logits is
-    computed. torch's cross_entropy of [T, V] is the fused loss (layers/loss.py).
-    """
-
-    head: VocabParallelHead
-    transforms: tuple[Callable[[Tensor], Tensor], ...]
-    generation: int
-
-    def over(self, source: Tensor) -> Tensor:
-        return self._like(source=source)
-
-    def __new__(
-        cls,
-        source: Tensor,
-        region: TokenRegion,
-        head: VocabParallelHead,
-        transforms: tuple[Callable[[Tensor], Tensor], ...] = (),
-        dtype: torch.dtype | None = None,
-        *,
-        flat: bool = False,
-    ) -> ShardedLogits:
-        """`source` in `region.local_shape`; `dtype` of the logits if a transform changed it; `flat` for [T, V]."""
-        tokens = (region.tokens,) if flat else (region.batch, region.seq)
-        handle = cls._make((*tokens, head.vocab_size), source, region, head.seqpar, dtype or source.dtype)
-        handle.head, handle.transforms, handle.generation = head, transforms, head.seqpar.generation
-        return handle  # type: ignore[no-any-return]
-
-    def _like(
-        self,
-        *,
-        source: Tensor | None = None,
-        then: Callable[[Tensor], Tensor] | None = None,
-        dtype: torch.dtype | None = None,
-        flat: bool | None = None,
-    ) -> Tensor:
-        transforms = self.transforms if then is None else (*self.transforms, then)
-        return ShardedLogits(
-            self.source if source is None else source,
-            self.region,
-            self.head,
-            transforms,
-            dtype or self.dtype,
-            flat=self.dim() == 2 if flat is None else flat,
-        )
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = _name_of(func)[0]
-        result = None
-        if name == "cross_entropy":
-            from .loss import cross_entropy_of
-
-            result = cross_entropy_of(*args, **(kwargs or {}))
-        elif name in ("view", "reshape") and not kwargs and isinstance(args[0], ShardedLogits):
-            result = args[0]._reshaped(args[1:])
-        elif name in ARITHMETIC and not kwargs and len(args) == 2:
-            result = _over_vocabulary(func, *args)
-        return super().__torch_function__(func, types, args, kwargs) if result is None else result
-
-    def _reshaped(self, sizes: tuple[Any, ...]) -> Tensor | None:
-        """The handle as [b, s, V] or [T, V]; None for any other shape."""
-        region, width = self.region, self.head.vocab_size
-        for flat, shape in ((True, (region.tokens, width)), (False, (region.batch, region.seq, width))):
-            if _is_shape_of(self, sizes, shape):
-                return self._like(flat=flat)
-        return None
-
-    def _autograd(self, name: str) -> Any:
-        """A head that is trained alone gives logits a gradient that their source does not have."""
-        if self.source.requires_grad or not (self._grad_mode and self.head.weight.requires_grad):
-            return getattr(self.source, name)
-        # Some node of the graph, not None: enough for those who ask whether there is one, without gathering anything.
-        if name == "grad_fn":
-            return torch.autograd.graph.get_gradient_edge(self.head.weight).node
-        return name == "requires_grad"
-
-    def _gather(self) -> Tensor:
-        if self.generation != self.state.generation:
-            raise SeqParError(
-                "outputs.logits were first read after engine.step() changed the weights; read them before the step"
-            )
-        logits = self.head.gathered_logits(self.source, self.region)
-        for transform in self.transforms:
-            logits = transform(logits)
-        return logits.view(self.shape)
-
-    def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
-        return self._like(then=act, dtype=act(torch.empty(1, dtype=self.dtype, device=self.device)).dtype)
-
-
-def _over_vocabulary(func: Callable[..., Tensor], left: Any, right: Any) -> Tensor | None:
-    """Logits and one number for each entry of the vocabulary, such as a bias that is no parameter; None for anything else."""
-    logits, other = (left, right) if isinstance(left, ShardedLogits) else (right, left)
-    if not isinstance(logits, ShardedLogits) or not isinstance(other, Tensor) or isinstance(other, Handle):
-        return None
-    vocabulary = other.dim() in range(1, logits.dim() + 1) and other.numel() == other.shape[-1] == logits.shape[-1]
-    if not vocabulary or other.requires_grad or not logits.is_untouched():
-        return None
-    _refuse_outside_graph(logits)
-    act = _OverVocabulary(func, other.detach().clone().view(-1), logits.head.vocab_start, other is left)
-    dtype = torch.promote_types(logits.dtype, other.dtype)
-    with torch.set_grad_enabled(logits._grad_mode and torch.is_grad_enabled()):
-        return logits._like(then=act, dtype=dtype)

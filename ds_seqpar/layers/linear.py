@@ -22,9 +22,12 @@ from ..kernels.addition import PassedGradient
 from ..kernels.adjacent import joined, parted, reshaped
 from ..kernels.gating import gated, gated_backward
 from ..kernels.rms_norm import rms_norm_gradients, rms_norm_into
-from .handles import GatedProduct, GatheredInput, Handle, NormedRows, ShardedLogits, TokenShard, UnsummedRows
+from .deferred import GatedProduct, NormedRows, UnsummedRows
+from .handles import Handle
+from .logits import ShardedLogits
 from .norm import Remake, remake_of
 from .region import ShardingState, TokenRegion
+from .token_handles import GatheredInput, TokenShard
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelHead", "call_past_deepspeed", "column_parallel"]
 

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ..comm.collectives import all_gather, all_reduce
 from ..kernels.cross_entropy import combined, gradient_, scaled, scaled_, statistics
-from .handles import ShardedLogits
+from .logits import ShardedLogits
 from .region import TokenRegion
 
 __all__ = ["CausalLMLoss", "cross_entropy_of", "vocab_parallel_linear_cross_entropy"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..comm.regions import copy_for_partial, reduce_partial
 from ..kernels.rms_norm import rms_norm, rms_norm_into
-from .handles import Handle, NormedRows
+from .deferred import NormedRows
+from .handles import Handle
 from .region import ShardingState
 
 __all__ = ["CutRMSNorm", "FusedRMSNorm", "Remake", "remake_of", "rms_norm_epsilon"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from ..own_gradients import wants_copies
+from ..own_gradients import unshared, wants_copies
 from .step import StepTrace
 
 __all__ = ["OUTSIDE", "MemoryEstimate", "Zero", "estimate"]
@@ -50,6 +50,7 @@ class Zero:
         def offloads(name: str) -> bool:
             return bool((section.get(name) or {}).get("device", "none") != "none")
 
+        accumulation = _whole(ds_config.get("gradient_accumulation_steps"))
         half = any((ds_config.get(name) or {}).get("enabled") for name in ("bf16", "bfloat16", "fp16"))
         return cls(
             stage,
@@ -58,10 +59,10 @@ class Zero:
             number("reduce_bucket_size", cls.reduce_bucket),
             number("stage3_max_live_parameters", cls.live_parameters),
             number("sub_group_size", cls.sub_group),
-            _whole(ds_config.get("gradient_accumulation_steps")),
+            accumulation,
             bool(half),
             bool(ds_config.get("gradient_clipping")) or bool((ds_config.get("fp16") or {}).get("enabled")),
-            not wants_copies(ds_config),
+            not wants_copies(ds_config, accumulation),
         )
 
 
@@ -122,8 +123,7 @@ def _kept(trace: StepTrace, zero: Zero, dp_size: int) -> _Kept:
     masters = 4 if (zero.masters and width == 2) or zero.stage else 0
     optimizer = 0 if zero.offload_optimizer else mine * (8 + masters)
     whole = trained * width
-    added = zero.stage == 2 and zero.accumulation > 1
-    in_place = zero.in_place and dp_size == 1 and zero.stage in (1, 2) and not (zero.offload_optimizer or added)
+    in_place = zero.in_place and unshared(zero.stage, dp_size, zero.accumulation) and not zero.offload_optimizer
     bucket = zero.reduce_bucket * width if zero.stage and not in_place else 0
     kept = 0 if zero.offload_optimizer and zero.stage else mine * width
     step_elements = min(mine, zero.sub_group) if zero.stage == 3 else mine

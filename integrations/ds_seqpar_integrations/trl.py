@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from ds_seqpar.engine import ADOPTED_FORWARDS
 from ds_seqpar.errors import PlanError
-from ds_seqpar.layers.handles import ShardedLogits
+from ds_seqpar.layers.logits import ShardedLogits
 
 from . import trl_online
 from .accelerate import WHEN_ON

@@ -15,7 +15,9 @@ from sharding import relative_error, same_loss_and_gradients, twins
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from ds_seqpar.layers.handles import GatheredInput, Handle, ShardedLogits, TokenShard
+from ds_seqpar.layers.handles import Handle
+from ds_seqpar.layers.logits import ShardedLogits
+from ds_seqpar.layers.token_handles import GatheredInput, TokenShard
 
 ROWS, SEQ, V, H = 2, 7, 101, 48
 BATCH = batches(1, ROWS, SEQ)[0]
