@@ -72,7 +72,7 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _families(options: argparse.Namespace) -> int:
-    """Prints the table of model types: exact or refused, by which styles, tested at which sizes."""
+    """Prints the table of model types: exact, refused or not run, by which styles, tested at which sizes."""
     print(table())
     return 0
 

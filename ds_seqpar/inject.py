@@ -424,7 +424,8 @@ class _Injection:
         module.out_features, module.in_features = shape  # type: ignore[assignment, misc]
         if style is Style.HEAD:
             module.vocab_size, module.vocab_start = cut.size, cut.ranges[rank][0][0]  # type: ignore[assignment]
-            module.out_features = cut.size  # the logits it gives are shown whole, and model code sizes its loss by this
+            # The logits it gives are shown whole, and model code sizes its loss by this.
+            module.out_features = cut.size  # type: ignore[assignment]
             module.vocab_widths = tuple(cut.local_size(r) for r in range(self.state.groups.tp_size))  # type: ignore[assignment]
         row = PartialSumLinear if self._summed else RowParallelConv1D if transposed else RowParallelLinear
         column = ColumnParallelConv1D if transposed else ColumnParallelLinear

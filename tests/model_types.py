@@ -94,6 +94,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mpt": dict(d_model=48, n_heads=6, n_layers=2, max_seq_len=64),
     "opt": dict(word_embed_proj_dim=48, ffn_dim=50, dropout=0.0),
     "bailing_hybrid": _HYBRID,
+    "bamba": dict(attn_layer_indices=[1], mamba_n_heads=6, mamba_d_state=8),
     "cohere_compass_text": dict(
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters={k: _MROPE["rope_parameters"] for k in ("sliding_attention", "full_attention")},
@@ -110,6 +111,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_vision": dict(patch_size=4, pooling_kernel_size=2, position_embedding_size=8),
     "llama4_vision_model": dict(image_size=16, patch_size=4, intermediate_size=192, vision_output_dim=20, projector_input_dim=20,
         projector_output_dim=20),
+    "diffllama": dict(num_key_value_heads=2, num_attention_heads=4, hidden_size=32),
+    "dory": dict(num_hidden_layers=6, n_input_layers=2, n_output_layers=2, layer_types=["sliding_attention", "mlp"] * 3),
     "dots3_note_text": dict(num_key_value_heads=6),
     "esmc": dict(num_key_value_heads=6),
     "flint": dict(output_router_logits=False),
@@ -122,9 +125,17 @@ OWN: dict[str, dict[str, Any]] = {
     "glm_image_text": _HALF,
     "glm_ocr_text": _HALF,
     "granitemoehybrid": dict(layer_types=["linear_attention", "attention"], mamba_n_heads=6, mamba_d_state=8),
+    "hunyuan_vl_text": _MROPE,
+    "hy_v4_vl_text": dict(qk_rope_head_dim=8, **_MROPE),
+    "inkling2_loop_text": dict(unpadded_vocab_size=101, swa_num_attention_heads=6, swa_num_key_value_heads=3, swa_head_dim=8,
+        sliding_window_size=5, d_rel=4, rel_extent=8, num_hidden_layers=3, n_layers_per_attn_res_block=1,
+        layer_types=["hybrid_sliding", "hybrid", "hybrid"], loop_layer_index_start=1, loop_layer_index_end=2, loop_num_passes=2,
+        loop_gate_rank=4),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4,
         mamba_dt_rank=3, use_mamba_kernels=False),
     "kimi_linear": _HYBRID,
+    "lfm3": dict(layer_types=["conv", "full_attention"]),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "longcat_flash": dict(head_dim=4, num_layers=2, num_hidden_layers=4, ffn_hidden_size=50, expert_ffn_hidden_size=14,
         zero_expert_num=2, moe_topk=3),
@@ -155,7 +166,7 @@ PATCHES: dict[str, dict[str, Any]] = {
 """Vision towers by themselves: what they are given instead of tokens; positions are the same for each of three images."""
 
 LABELS, CHOICES = 3, 2
-FLOAT32 = ("inkling2_text",)
+FLOAT32 = ("inkling2_loop_text", "inkling2_text")
 """Types whose code has a dtype of its own inside."""
 
 

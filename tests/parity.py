@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ _ALIGNED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"moe_intermediate_size": 24},
 }
 """Products over all experts want rows of 16 bytes: so many that the ranks' parts differ."""
+_ROUNDED = {"lara_mini": 2e-5}
+"""Tolerances of types whose code computes in float32 what a single rounding moves by more than TOLERANCE: weights that differ by
+1e-8 move the gradient of lara_mini's `A_log`, a sum over all tokens of its delta rule, by 1.05e-5 without us."""
 _PREDICTS = {"bert": "masked-lm", "t5": "seq2seq-lm"}
 
 
@@ -97,7 +101,7 @@ def parity(
     whole = {_starred(entry.why.partition(" ")[0]) for entry in report.entries if "is repeated whole" in entry.why}
     return {
         "error": errors[worst],
-        "bad": {name: error for name, error in errors.items() if not error <= TOLERANCE},
+        "bad": {name: error for name, error in errors.items() if not error <= _ROUNDED.get(model_type, TOLERANCE)},
         "cut": sum(entry.cut is not None for entry in report.parameters().values()),
         "whole": sorted(whole),
         "remarks": report.remarks,
@@ -133,6 +137,8 @@ def step_under_deepspeed(model_type: str, stage: int) -> dict[str, float]:
 def measured(model_type: str, tp: int = 2, *, everywhere: bool = True) -> dict[str, Any]:
     """The line of the table for one type; AssertionError if it is neither exact nor refused by a PlanError.
 
+    A type that fails in transformers itself, unsharded, is "not run".
+
     `everywhere`: a type of KINDS also at tp 4, and at tp 2 with two data-parallel ranks.
     """
     cls = CONFIG_MAPPING[model_type]
@@ -155,7 +161,10 @@ def measured(model_type: str, tp: int = 2, *, everywhere: bool = True) -> dict[s
     except RankError as problem:
         last = (problem.errors[0] or "").strip().splitlines()[-1]
         if ".PlanError: " not in last:
-            raise
+            unsharded = run_ranks(1, _error_without_us, model_type)[0]
+            if not unsharded:
+                raise
+            return {"status": "not run", "why": f"transformers' own model fails: {unsharded}", **line, "at": ""}
         return {"status": "refused", "why": last.partition(".PlanError: ")[2], **line, "at": ""}
     for head, result in results.items():
         name = f"{model_type} {head}".strip()
@@ -173,6 +182,16 @@ def measured(model_type: str, tp: int = 2, *, everywhere: bool = True) -> dict[s
         assert not bad, f"{model_type} on four ranks: {bad}"
         line["at"] = "tp 2 and 4, tp 2 with dp 2, accumulation 2"
     return {"status": "exact", **line, **({"heads": list(heads[1:])} if len(heads) > 1 else {})}
+
+
+def _error_without_us(model_type: str) -> str:
+    """What the unsharded model raises; "" if it trains."""
+    batch = batches_for(1, 3, 7, model_type=model_type)[0]
+    try:
+        _loss(tiny_of(model_type).train(), _with_gradients(batch), "").backward()
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return ""
 
 
 def _refusal(model_type: str) -> str:
@@ -217,11 +236,13 @@ def main() -> None:
 def document() -> str:
     """docs/families.md."""
     results = ds_seqpar.families.RESULTS
-    exact = sum(result["status"] == "exact" for result in results.values())
+    status = Counter(result["status"] for result in results.values())
+    failing = f", {status['not run']} not run: transformers' own model fails" if status["not run"] else ""
     return DOCUMENT.format(
         types=len(results),
-        exact=exact,
-        refused=len(results) - exact,
+        exact=status["exact"],
+        refused=status["refused"],
+        failing=failing,
         planned=len(planned_types()),
         planned_exact=sum(results.get(name, {}).get("status") == "exact" for name in planned_types()),
         version=ds_seqpar.families.MEASURED_WITH,
@@ -235,13 +256,15 @@ Written by `python tests/parity.py` from what it measured; `python -m ds_seqpar 
 
 transformers {version} plans {planned} model types, of which {planned_exact} are exact here; this table holds them, types that have
 a data file here instead, and vision-language models: {types} types, {exact} exact, {refused} refused by name before anything is
-changed. Exact: a random model of two layers, sharded over two ranks, gives after two accumulated batches the loss and every
-parameter's gradient of the unsharded model, each to a relative error of 1e-5 (float64, where rotary embeddings, norms and routers
-of many types compute in float32). "Whole" names the blocks that every rank repeats on all tokens: exact, but not divided. Of a
-model of several parts the language model is sharded, by the plan of the type that stands in the column; the rest of it, such as a
-vision tower, is whole on every rank, and its gradients are compared too. A gradient of less than 1e-8 of the largest is zero but
-for rounding, and must be in both. One type of each architecture is also measured at tp 4, and at tp 2 with two data-parallel ranks
-under DeepSpeed (ZeRO 1, float32, the change of every weight to 2e-5). "With" names the heads that were measured beside the
+changed{failing}.
+
+Exact: a random model of two layers, sharded over two ranks, gives after two accumulated batches the loss and every parameter's
+gradient of the unsharded model, each to a relative error of 1e-5 (lara_mini: 2e-5; float64, where rotary embeddings, norms and
+routers of many types compute in float32). "Whole" names the blocks that every rank repeats on all tokens: exact, but not divided.
+Of a model of several parts the language model is sharded, by the plan of the type that stands in the column; the rest of it, such
+as a vision tower, is whole on every rank, and its gradients are compared too. A gradient of less than 1e-8 of the largest is zero
+but for rounding, and must be in both. One type of each architecture is also measured at tp 4, and at tp 2 with two data-parallel
+ranks under DeepSpeed (ZeRO 1, float32, the change of every weight to 2e-5). "With" names the heads that were measured beside the
 causal language model's (or, for a type without one, beside the bare model's hidden states), each with its own loss in transformers.
 
 {table}

@@ -43,6 +43,12 @@ class _Planner:
     def plan(self) -> ModelPlan:
         words = read_words(self.facts, self.family, self.users)
         self._find_layers(words.of)
+        if not self.result.layers:
+            raise PlanError(
+                f"model type {self.facts.model_type!r}: its plan, {', '.join(sorted(words.of)) or 'empty'}, names no module of a layer, so "
+                'nothing in the layers would be divided; the "plan" field of the ds_seqpar key can say which linears are "colwise" and '
+                '"rowwise"'
+            )
         members = self._blocks()
         planner = BlockPlanner(self.facts, self.family, words, self.sections, self.result)
         for name, modules in members.items():

@@ -28,7 +28,7 @@ FREE = 0.03
 SHORTEST = 64
 MOST_TOKENS = 1 << 27
 MOST_GPUS = 1 << 20
-TRACED = 64
+TRACED = 16
 """Chunks of the loss beyond which a trace takes too long to look for the longest sequence with."""
 
 

@@ -104,12 +104,14 @@ def test_compiled_layers_train_the_same_model(tmp_path: Path) -> None:
     assert rows[1]["losses"] == pytest.approx(rows[0]["losses"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_can_be_profiled(tmp_path: Path) -> None:
     text = run("profile_step.py", "--arm", "seqpar", "--out", str(tmp_path))
     assert "host operators" in text and "aten::mm" in text
     assert json.loads((tmp_path / "profile.jsonl").read_text())["arm"] == "seqpar"
 
 
+@pytest.mark.slow
 def test_parts_are_measured(tmp_path: Path) -> None:
     run("parts.py", "--out", str(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "parts.jsonl").read_text().splitlines()]

@@ -260,6 +260,9 @@ INPUTS: dict[str, Callable[[Any], Tensor]] = {
     "no mask": lambda m: m(input_ids=BATCH["input_ids"], labels=BATCH["labels"]).loss,
     "left padding": lambda m: m(input_ids=BATCH["input_ids"], attention_mask=LEFT, labels=BATCH["labels"]).loss,
     "packed": _packed,
+    "a loss as wide as the head says it is": lambda m: m.loss_function(
+        m(input_ids=BATCH["input_ids"]).logits, BATCH["labels"], m.lm_head.out_features
+    ),
     "one token": lambda m: m(input_ids=BATCH["input_ids"][:, :1]).logits.pow(2).mean(),
     "one row, two tokens": lambda m: m(input_ids=BATCH["input_ids"][:1, :2], labels=BATCH["input_ids"][:1, :2]).loss,
     "own embeddings": lambda m: m(inputs_embeds=SMALL, labels=BATCH["labels"]).loss,

@@ -384,3 +384,14 @@ def test_a_model_type_that_is_no_module_name_has_no_data_file() -> None:
 def test_a_users_style_that_would_tear_a_block_is_refused(name: str, style: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         resolve(facts(kv=4, n=8, h=64, inner=52), Family(), 2, {f"model.layers.*.{name}": style})
+
+
+def test_a_plan_that_divides_nothing_in_the_layers_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"'by_hand': its plan, model\.embed_tokens, names no module of a layer"):
+        resolve(facts(tp_plan={"model.embed_tokens": "embedding_rowwise"}), Family(), 2)
+    users = {
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.gate_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+    }
+    assert resolve(facts(tp_plan={}), Family(), 2, users).layers

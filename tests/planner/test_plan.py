@@ -254,7 +254,13 @@ class _PlayedMemory(choices._Planner):
 
 @pytest.mark.parametrize(
     ("step", "gpu_memory", "longest"),
-    [(10**6, 10**5, 0), (10**5, 5 * 10**5, 161_280), (10**6, 10**7, 3_231_744), (10**9, 2 * 10**9, None)],
+    [
+        (10**6, 10**5, 0),
+        (10**5, 15 * 10**4, 48_128),
+        (10**5, 5 * 10**5, 159_744),
+        (10**6, 10**7, 3_231_744),
+        (10**9, 2 * 10**9, None),
+    ],
 )
 def test_a_step_that_no_length_changes_does_not_make_any_length_fit(
     step: int, gpu_memory: int, longest: int | None
@@ -446,7 +452,7 @@ def test_info_says_what_falls_back_and_what_becomes_of_a_model(capsys: pytest.Ca
 
 def test_json_is_alone_on_standard_output() -> None:
     """DeepSpeed, too, writes there when it finds no accelerator and nobody has named one."""
-    asked = [*TINY, "--seq", "64", "--gpus", "2", "--rates", "h200", "--json"]
+    asked = [*TINY, "--seq", "64", "--gpus", "1", "--rates", "h200", "--zero", "1", "--json"]
     command = [sys.executable, "-m", "ds_seqpar", "plan", *asked]
     named = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=named)

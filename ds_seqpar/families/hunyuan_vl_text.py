@@ -1,0 +1,3 @@
+"""The language model of Hunyuan VL."""
+
+LIKE = "hunyuan_v1_dense"
