@@ -169,35 +169,15 @@ class BlockPlanner:
             return self._plan_parameters(block, name, parameters, why or TRANSFORMERS)
         if style is Style.LOCAL:
             style = None
-        router = self._router_of(block, name) if style is None else None
-        if router is not None:
-            if router not in self.result.routers:
-                self.result.routers.append(router)
-            self.result.modules[name] = ModulePlan(name, Style.ROUTER, {}, "chooses experts")
+        if style is None and self._plan_router(block, name):
             return True
-        if style in (None, Style.PARTIAL, Style.CUT_NORM) and leaf in NORMS_OVER_HEADS:
-            width = module.shapes.get("weight", (0,))
-            over = Role.KV if leaf.startswith("k") else Role.QUERY
-            heads = block.counts[over is Role.KV]
-            if style is Style.CUT_NORM or (
-                len(width) == 1 and heads > 1 and width[0] == self._projected(block.name, over)
-            ):
-                cuts = {"weight": self.sections.cut(block, name, 0, width[0], (over,))}
-                self.result.modules[name] = ModulePlan(name, Style.CUT_NORM, cuts, why or "an RMS norm over all heads")
-                return True
-        summed = block.kind is not BlockKind.GROUPED  # what is not linear in a partial sum would be wrong there
-        inner = name.rpartition(".")[0] != block.name or leaf.endswith(("_a_proj", "_mqa"))
-        known = not summed and is_attention and (self._is_norm(name) or (module.role == "linear" and inner))
-        known |= summed and module.role == "linear" and module.shapes["weight"][0] == 1  # the weight of a shared expert
-        if (
-            style is None
-            and is_attention
-            and name == f"{block.name}.{leaf}"
-            and leaf in ROLES_BY_NAME
-            and module.role == "linear"
-        ):
+        if style in (None, Style.PARTIAL, Style.CUT_NORM) and self._plan_norm_over_heads(block, name, style, why):
+            return True
+        named = is_attention and name == f"{block.name}.{leaf}" and leaf in ROLES_BY_NAME and module.role == "linear"
+        if style is None and named:
             style, why = Style.COLUMN, BY_NAME
-        if style is Style.PARTIAL or (style is None and known):
+        summed = block.kind is not BlockKind.GROUPED  # what is not linear in a partial sum would be wrong there
+        if style is Style.PARTIAL or (style is None and self._is_repeated(block, name, is_attention)):
             chosen = Style.LATENT if module.role == "linear" and not summed else Style.PARTIAL
             self.result.modules[name] = ModulePlan(name, chosen, {}, why or "repeated inside a sharded block")
             return True
@@ -214,20 +194,56 @@ class BlockPlanner:
             raise PlanError(f"{name}: style {style.value!r} is known for the vocabulary only, not inside the model")
         if module.role != "linear":
             raise PlanError(f"{name}: style {style.value!r} needs an nn.Linear, not {module.type_name}")
-        roles = self._roles(name, is_attention)
-        if why == BY_NAME and not self._fits(
-            block, roles, module.shapes["weight"][style in (Style.ROW, Style.ROW_OF_WHOLE)]
-        ):
+        return self._plan_linear(block, name, style, why, self._roles(name, is_attention))
+
+    def _plan_router(self, block: BlockPlan, name: str) -> bool:
+        """Plans a module of what chooses experts; False if it is none."""
+        router = self._router_of(block, name)
+        if router is None:
+            return False
+        if router not in self.result.routers:
+            self.result.routers.append(router)
+        self.result.modules[name] = ModulePlan(name, Style.ROUTER, {}, "chooses experts")
+        return True
+
+    def _plan_norm_over_heads(self, block: BlockPlan, name: str, style: Style | None, why: str) -> bool:
+        """Plans an RMS norm over the width of all heads together, which is cut with them; False if it is none."""
+        leaf, width = name.rpartition(".")[2], self.facts.modules[name].shapes.get("weight", (0,))
+        if leaf not in NORMS_OVER_HEADS:
+            return False
+        over = Role.KV if leaf.startswith("k") else Role.QUERY
+        heads = block.counts[over is Role.KV]
+        of_all = len(width) == 1 and heads > 1 and width[0] == self._projected(block.name, over)
+        if style is not Style.CUT_NORM and not of_all:
+            return False
+        cuts = {"weight": self.sections.cut(block, name, 0, width[0], (over,))}
+        self.result.modules[name] = ModulePlan(name, Style.CUT_NORM, cuts, why or "an RMS norm over all heads")
+        return True
+
+    def _is_repeated(self, block: BlockPlan, name: str, is_attention: bool) -> bool:
+        """Whether every rank does the same with this module of a block, though nothing says so."""
+        module = self.facts.modules[name]
+        if block.kind is not BlockKind.GROUPED:
+            return module.role == "linear" and module.shapes["weight"][0] == 1  # the weight of a shared expert
+        inner = name.rpartition(".")[0] != block.name or name.endswith(("_a_proj", "_mqa"))
+        return is_attention and (self._is_norm(name) or (module.role == "linear" and inner))
+
+    def _plan_linear(self, block: BlockPlan, name: str, style: Style, why: str, roles: tuple[Role, ...]) -> bool:
+        """Plans a linear that is cut; False if its name alone says so, and its size does not fit."""
+        module = self.facts.modules[name]
+        size = module.shapes["weight"]
+        of_rows = style in (Style.ROW, Style.ROW_OF_WHOLE)
+        if why == BY_NAME and not self._fits(block, roles, size[of_rows]):
             return False
         block.has_heads |= roles[0] is not Role.EVEN
         rows, columns = (1, 0) if module.transposed else (0, 1)  # where weight [out, in] has its two
-        if style in (Style.ROW, Style.ROW_OF_WHOLE):
+        if of_rows:
             block.rows.append(name)
-            cuts = {"weight": self.sections.cut(block, name, columns, module.shapes["weight"][columns], roles)}
+            cuts = {"weight": self.sections.cut(block, name, columns, size[columns], roles)}
             style = Style.ROW
         else:
             block.columns.append(name)
-            cut = self.sections.cut(block, name, rows, module.shapes["weight"][rows], roles)
+            cut = self.sections.cut(block, name, rows, size[rows], roles)
             cuts = {
                 key: Cut(min(cut.dim, len(shape) - 1), cut.size, cut.ranges) for key, shape in module.shapes.items()
             }
