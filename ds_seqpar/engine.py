@@ -401,9 +401,12 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
 
     @functools.wraps(plain_step)
     def step(*args: Any, **kwargs: Any) -> Any:
-        boundary = bool(engine.is_gradient_accumulation_boundary())
-        state.generation += boundary
+        before = engine.global_steps
         result = plain_step(*args, **kwargs)
+        boundary = (
+            engine.global_steps > before
+        )  # with "managed_gradient_accumulation": false only a step knows that it is one
+        state.generation += boundary
         if memory is not None and boundary:
             memory.after_step(engine.global_steps)
         if replicas is not None and boundary and engine.global_steps % interval == 0:
@@ -439,7 +442,8 @@ def _memory_check(
         report.remark_later("memory is not compared with a plan: the model is inside a wrapper, such as an adapter's")
         return None
     on_gpu = isinstance(meter, CudaMeter)
-    check = MemoryCheck(engine, question_of(model, config, ds_config, dp_size, on_gpu), meter, report.remark_later)
+    as_it_runs = {**ds_config, "gradient_accumulation_steps": engine.gradient_accumulation_steps()}
+    check = MemoryCheck(engine, question_of(model, config, as_it_runs, dp_size, on_gpu), meter, report.remark_later)
     atexit.register(check.close)
     return check
 

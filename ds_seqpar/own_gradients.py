@@ -34,12 +34,14 @@ def unshared(stage: int, dp_size: int, accumulation: int) -> bool:
 def wants_copies(ds_config: Mapping[str, Any], accumulation: int) -> bool:
     """Whether DeepSpeed must handle gradients at these stages whatever their number of ranks: they go elsewhere, or are widened.
 
-    `contiguous_gradients`, where the user names it, asks for the copies; with `overlap_comm` every micro batch is reduced.
+    `contiguous_gradients`, where the user names it, asks for the copies; with `overlap_comm` every micro batch is reduced; and
+    without `managed_gradient_accumulation` the caller decides how many micro batches there are.
     """
     zero = section(ds_config, "zero_optimization")
     offloads = (section(zero, "offload_optimizer").get("device") or "none") != "none"
     widened = section(ds_config, "data_types").get("grad_accum_dtype") is not None
     each = bool(zero.get("overlap_comm")) and accumulation > 1
+    each |= ds_config.get("managed_gradient_accumulation") is False
     return bool(offloads or widened or each or zero.get("zenflow") or "contiguous_gradients" in zero)
 
 

@@ -33,11 +33,11 @@ def _cases(compare: str, tp: int, cases: Iterable[tuple[str, int, int, str]]) ->
 
 
 def _check(compare: str, tp: int, dp: int, settings: Iterable[tuple[int, int, str]], *, each: bool = True) -> None:
-    """`each`: every family with every setting; if not, the families take turns."""
+    """`each`: every family with every setting; if not, one with each, so that at (2, 2) and (4, 2) every stage has both."""
     cases = [
-        (family, *setting)
-        for turn, setting in enumerate(settings)
-        for family in (FAMILIES if each else FAMILIES[turn % len(FAMILIES) :][:1])
+        (family, stage, *setting)
+        for stage, *setting in settings
+        for family in (FAMILIES if each else [FAMILIES[(stage // 2 + tp // 2) % 2]])
     ]
     bad = {}
     for rank, results in enumerate(run_ranks(tp * dp, _cases, compare, tp, cases, timeout=1800)):

@@ -216,9 +216,10 @@ def test_losses_over_more_than_one_forwards_logits(stage: int, which: str) -> No
     _assert_exact(results)
 
 
-def _misuse() -> dict[str, str]:
+def _misuse(managed: bool) -> dict[str, str]:
     model = tiny("llama").train()
-    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, 1, 2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = engine_for(model, optimizer, {"tp_size": 2}, 1, 2, 1, managed_gradient_accumulation=managed)
     batch = batches(1, 2)[0]
     said = {}
 
@@ -253,8 +254,9 @@ def _misuse() -> dict[str, str]:
     return said
 
 
-def test_misuse_that_would_be_silent_is_an_error() -> None:
-    for said in run_ranks(2, _misuse):
+@pytest.mark.parametrize("managed", [True, False])
+def test_misuse_that_would_be_silent_is_an_error(managed: bool) -> None:
+    for said in run_ranks(2, _misuse, managed):
         assert len(said) == 5
         assert "checkpoint" in said["copy"]
         assert "before deepspeed.initialize" in said["resize"]

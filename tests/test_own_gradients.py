@@ -105,6 +105,7 @@ def _remarks(world_tp: int, section: dict[str, Any], ds: dict[str, Any]) -> list
     (2, 2, {"stage": 1}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
     (2, 2, {"stage": 2}, {"gradient_accumulation_steps": 2}),  # DeepSpeed adds into them
     (2, 2, {"stage": 1, "overlap_comm": True}, {"gradient_accumulation_steps": 2}),
+    (2, 2, {"stage": 1}, {"managed_gradient_accumulation": False}),
     (2, 2, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"zero_force_ds_cpu_optimizer": False}),
 ])  # fmt: skip
 def test_deepspeed_keeps_them_wherever_more_is_asked_of_it(

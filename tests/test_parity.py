@@ -48,6 +48,8 @@ def _as_written(model_type: str, *, everywhere: bool) -> None:
     if not SAME_RELEASE and model_type not in ALL:
         pytest.skip(OTHER_RELEASE)
     now = measured(model_type, everywhere=everywhere)  # in any release a type is exact, refused, or fails without us
+    if now["status"] == "not run" and not SAME_RELEASE:
+        pytest.skip(now["why"])
     if SAME_RELEASE:
         written = dict(RESULTS[model_type])
         assert now == (written if everywhere else written | {"at": now["at"]})

@@ -9,3 +9,9 @@ STYLES = {
     "layers.*.feed_forward.up_proj": "colwise",
     "layers.*.feed_forward.down_proj": "rowwise",
 }
+OPTIONAL = (
+    "layers.*.self_attn.q_proj",
+    "layers.*.self_attn.k_proj",
+    "layers.*.self_attn.v_proj",
+    "layers.*.self_attn.o_proj",
+)

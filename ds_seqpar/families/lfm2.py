@@ -12,3 +12,11 @@ STYLES = {
     "layers.*.feed_forward.w2": "rowwise",
 }
 ROLES = {"layers.*.self_attn.out_proj": ("q",)}
+OPTIONAL = (
+    "layers.*.self_attn.q_proj",
+    "layers.*.self_attn.k_proj",
+    "layers.*.self_attn.v_proj",
+    "layers.*.self_attn.out_proj",
+    "layers.*.self_attn.q_layernorm",
+    "layers.*.self_attn.k_layernorm",
+)

@@ -12,4 +12,12 @@ STYLES = {
     "layers.*.feed_forward.w3": "colwise",
     "layers.*.feed_forward.w2": "rowwise",
 }
-OPTIONAL = ("layers.*.self_attn.g_proj",)
+OPTIONAL = (
+    "layers.*.self_attn.q_proj",
+    "layers.*.self_attn.k_proj",
+    "layers.*.self_attn.v_proj",
+    "layers.*.self_attn.o_proj",
+    "layers.*.self_attn.q_norm",
+    "layers.*.self_attn.k_norm",
+    "layers.*.self_attn.g_proj",
+)

@@ -10,7 +10,7 @@ from .blocks import BlockPlanner
 from .cuts import Cut
 from .facts import ModelFacts
 from .model_plan import ModelPlan, ModulePlan
-from .patterns import child_of, layer_of, matches_in
+from .patterns import child_of, layer_of, matches_in, starred
 from .sections import Sections
 from .styles import Role, Style
 from .words import Word, read_words
@@ -44,10 +44,10 @@ class _Planner:
         words = read_words(self.facts, self.family, self.users)
         self._find_layers(words.of)
         if not self.result.layers:
+            planned = ", ".join(sorted(set(map(starred, words.of)))) or "empty"
             raise PlanError(
-                f"model type {self.facts.model_type!r}: its plan, {', '.join(sorted(words.of)) or 'empty'}, names no module of a layer, so "
-                'nothing in the layers would be divided; the "plan" field of the ds_seqpar key can say which linears are "colwise" and '
-                '"rowwise"'
+                f"model type {self.facts.model_type!r}: its plan, {planned}, names no module of a layer of the language model, so nothing "
+                'in the layers would be divided; the "plan" field of the ds_seqpar key can say which linears are "colwise" and "rowwise"'
             )
         members = self._blocks()
         planner = BlockPlanner(self.facts, self.family, words, self.sections, self.result)

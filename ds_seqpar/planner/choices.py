@@ -28,8 +28,8 @@ FREE = 0.03
 SHORTEST = 64
 MOST_TOKENS = 1 << 27
 MOST_GPUS = 1 << 20
-TRACED = 16
-"""Chunks of the loss beyond which a trace takes too long to look for the longest sequence with."""
+TRACED, MOST_TRACED = 64, 256
+"""Chunks of the loss beyond which a trace takes too long to look for the longest sequence with; and where nothing rises until there."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,8 @@ class _Planner:
 
         What forward and backward need, and what the optimizer's step does, are each the highest of several straight lines in the
         tokens, so the line through a length that fits and one that does not meets the budget at a length that fits. Beyond TRACED
-        chunks of the loss the line through that length and its half goes on, in whole chunks.
+        chunks of the loss the line through that length and one a little shorter goes on, in whole chunks; the half might stand on
+        a line that rises less.
         """
         request = self.request
         budget, zero = request.gpu_memory * (1 - FREE), replace(request.zero, stage=choice.stage)
@@ -255,7 +256,11 @@ class _Planner:
             if found in points or found < SHORTEST:
                 return max(0, found)
             if found > traced:  # on the line that holds far out, which two short lengths may not be on
-                far = [seq for seq in (traced, traced // 2) if seq > 2 * request.seq and seq not in points]
+                ends = (traced, traced - 4 * chunk)
+                far = [seq for seq in ends if seq > 2 * request.seq and seq not in points]
+                if not far and traced < MOST_TRACED * chunk and len({points[s].peak for s in ends if s in points}) == 1:
+                    traced *= 2  # what rises with the tokens is not the highest yet
+                    continue
                 if not far:
                     return found // chunk * chunk
                 found = far[0]

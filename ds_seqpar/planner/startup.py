@@ -226,7 +226,15 @@ def question_of(
     }
 
 
-_DECIDE = ("zero_optimization", "gradient_accumulation_steps", "gradient_clipping", "bf16", "bfloat16", "fp16")
+_DECIDE = (
+    "zero_optimization",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "bfloat16",
+    "fp16",
+    "data_types",
+)
 
 
 def main(argv: list[str]) -> int:

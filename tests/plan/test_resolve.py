@@ -387,7 +387,7 @@ def test_a_users_style_that_would_tear_a_block_is_refused(name: str, style: str,
 
 
 def test_a_plan_that_divides_nothing_in_the_layers_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"'by_hand': its plan, model\.embed_tokens, names no module of a layer"):
+    with pytest.raises(PlanError, match=r"'by_hand': its plan, model\.embed_tokens, names no module of a layer of"):
         resolve(facts(tp_plan={"model.embed_tokens": "embedding_rowwise"}), Family(), 2)
     users = {
         "model.layers.*.mlp.up_proj": "colwise",

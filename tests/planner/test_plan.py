@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ds_seqpar.cli import COMMANDS, completion_script, main
 from ds_seqpar.config import KEY, Recompute, SeqParConfig
 from ds_seqpar.errors import ConfigError
+from ds_seqpar.hf import planned_config
 from ds_seqpar.planner import choices
 from ds_seqpar.planner.given import write_whole
 from ds_seqpar.planner.memory import Zero
@@ -237,42 +238,50 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not(
 
 
 class _PlayedMemory(choices._Planner):
-    """Memory as a step's own, which no length changes, or as activations are, whichever is more."""
+    """Memory as a step's own, or a backward's end, which no length changes, or as activations are, whichever is more."""
 
-    def __init__(self, gpu_memory: int, step: int) -> None:
+    def __init__(self, gpu_memory: int, step: int, end: int) -> None:
         self.request: Any = SimpleNamespace(seq=64, gpu_memory=gpu_memory, micro_batch=1, zero=Zero())
-        self.step, self.key = step, {}
+        self.step, self.end, self.key = step, end, {}
 
     def trace(self, strategy: str, split: int, recompute: Recompute, seq: int) -> Any:
-        assert seq <= choices.TRACED * SeqParConfig.loss_chunk_tokens
+        assert seq <= choices.MOST_TRACED * SeqParConfig.loss_chunk_tokens
         return seq
 
     def memory(self, trace: Any, zero: Zero, strategy: str, split: int) -> Any:
-        peak = 1000 + 3 * trace
+        peak = max(self.end, 1000 + 3 * trace)
         return SimpleNamespace(peak=peak, peak_step=self.step, beside=0, total=max(peak, self.step)), None
 
 
 @pytest.mark.parametrize(
-    ("step", "gpu_memory", "longest"),
+    ("step", "end", "gpu_memory", "longest"),
     [
-        (10**6, 10**5, 0),
-        (10**5, 15 * 10**4, 48_128),
-        (10**5, 5 * 10**5, 159_744),
-        (10**6, 10**7, 3_231_744),
-        (10**9, 2 * 10**9, None),
+        (10**6, 0, 10**5, 0),
+        (10**5, 0, 5 * 10**5, 161_280),
+        (10**6, 0, 10**7, 3_231_744),
+        (10**5, 6 * 10**5, 2 * 10**6, 643_072),  # activations are more from 199,666 tokens on
+        (10**5, 9 * 10**5, 2 * 10**6, 643_072),  # from 299,666 on: beyond TRACED
+        (10**9, 0, 2 * 10**9, None),
     ],
 )
 def test_a_step_that_no_length_changes_does_not_make_any_length_fit(
-    step: int, gpu_memory: int, longest: int | None
+    step: int, end: int, gpu_memory: int, longest: int | None
 ) -> None:
     """None: no length that is looked at changes the memory."""
     choice: Any = SimpleNamespace(strategy=choices.SEQPAR, split=2, recompute=Recompute.NONE, stage=1)
-    found = _PlayedMemory(gpu_memory, step).longest(choice)
+    found = _PlayedMemory(gpu_memory, step, end).longest(choice)
     if longest is None:
         assert found == choices.MOST_TOKENS
     else:
         assert found == longest
-        assert found == 0 or max(step, 1000 + 3 * found) <= gpu_memory * (1 - choices.FREE)
+        assert found == 0 or max(step, end, 1000 + 3 * found) <= gpu_memory * (1 - choices.FREE)
+
+
+def test_a_trace_leaves_nothing_behind_for_the_next() -> None:
+    config = planned_config("llama", {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4})
+    before = config.to_dict()
+    first, second = (trace_step(config, SeqParConfig(tp_size=2), batch=1, seq=64) for _ in range(2))
+    assert first == second and config.to_dict() == before
 
 
 def test_the_table_names_what_was_refused(capsys: pytest.CaptureFixture[str]) -> None:

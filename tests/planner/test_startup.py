@@ -143,6 +143,9 @@ def test_the_question_of_a_run_holds_everything_that_its_memory_depends_on() -> 
         for size in (8, 10**6)
     )
     assert peak < fewer < more
+    for more_of_it in ({"data_types": {"grad_accum_dtype": "fp32"}}, {"gradient_accumulation_steps": 2}):
+        asked = question_of(model, config, {**ds_config, **more_of_it}, 1, False)["ds_config"]
+        assert all(asked[name] == value for name, value in more_of_it.items())
 
 
 def test_batches_without_tokens_are_said_not_to_be_compared() -> None:
