@@ -403,9 +403,8 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     def step(*args: Any, **kwargs: Any) -> Any:
         before = engine.global_steps
         result = plain_step(*args, **kwargs)
-        boundary = (
-            engine.global_steps > before
-        )  # with "managed_gradient_accumulation": false only a step knows that it is one
+        # Asked afterwards: with "managed_gradient_accumulation": false only a running step is a boundary.
+        boundary = engine.global_steps > before
         state.generation += boundary
         if memory is not None and boundary:
             memory.after_step(engine.global_steps)

@@ -40,9 +40,10 @@ def wants_copies(ds_config: Mapping[str, Any], accumulation: int) -> bool:
     zero = section(ds_config, "zero_optimization")
     offloads = (section(zero, "offload_optimizer").get("device") or "none") != "none"
     widened = section(ds_config, "data_types").get("grad_accum_dtype") is not None
-    each = bool(zero.get("overlap_comm")) and accumulation > 1
-    each |= ds_config.get("managed_gradient_accumulation") is False
-    return bool(offloads or widened or each or zero.get("zenflow") or "contiguous_gradients" in zero)
+    each = zero.get("overlap_comm") and accumulation > 1
+    unmanaged = ds_config.get("managed_gradient_accumulation") is False
+    named = "contiguous_gradients" in zero
+    return bool(offloads or widened or each or unmanaged or named or zero.get("zenflow"))
 
 
 def leave_gradients(optimizer: Any) -> bool:

@@ -37,7 +37,7 @@ from ds_seqpar.errors import PlanError
 from ds_seqpar.families import Family, family, has_data_file
 from ds_seqpar.hf import describe
 
-__all__ = ["KINDS", "TOLERANCE", "document", "measured", "parities", "parity", "step_under_deepspeed"]
+__all__ = ["KINDS", "ROUNDED", "TOLERANCE", "document", "measured", "parities", "parity", "step_under_deepspeed"]
 
 TOLERANCE = 1e-5
 KINDS = ("bert", "deepseek_v3", "gpt_neox", "gptj", "mixtral", "qwen2", "t5")
@@ -50,7 +50,7 @@ _ALIGNED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"moe_intermediate_size": 24},
 }
 """Products over all experts want rows of 16 bytes: so many that the ranks' parts differ."""
-_ROUNDED = {"lara_mini": 2e-5}
+ROUNDED = {"lara_mini": 2e-5}
 """Tolerances of types whose code computes in float32 what a single rounding moves by more than TOLERANCE: weights that differ by
 1e-8 move the gradient of lara_mini's `A_log`, a sum over all tokens of its delta rule, by 1.05e-5 without us."""
 _PREDICTS = {"bert": "masked-lm", "t5": "seq2seq-lm"}
@@ -101,7 +101,7 @@ def parity(
     whole = {_starred(entry.why.partition(" ")[0]) for entry in report.entries if "is repeated whole" in entry.why}
     return {
         "error": errors[worst],
-        "bad": {name: error for name, error in errors.items() if not error <= _ROUNDED.get(model_type, TOLERANCE)},
+        "bad": {name: error for name, error in errors.items() if not error <= ROUNDED.get(model_type, TOLERANCE)},
         "cut": sum(entry.cut is not None for entry in report.parameters().values()),
         "whole": sorted(whole),
         "remarks": report.remarks,

@@ -12,9 +12,9 @@ import transformers
 from exactness import compare_sgd, fresh_groups
 from model_types import ALL, batches_for, tiny_of
 from models import FAMILIES, batches
-from parity import KINDS, TOLERANCE, document, measured, parity, step_under_deepspeed
+from parity import KINDS, ROUNDED, TOLERANCE, document, measured, parity, step_under_deepspeed
 from ranks import RankError, run_ranks
-from sharding import same_loss_and_gradients
+from sharding import relative_error, same_loss_and_gradients
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import ds_seqpar
@@ -83,6 +83,46 @@ MORE_RANKS = [*((name, 3) for name in (*KINDS, *WIDER)), *((name, 4) for name in
 def test_each_kind_at_more_ranks(model_type: str, tp: int) -> None:
     for result in run_ranks(tp, parity, model_type, timeout=600):
         assert not result["bad"]
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "bamba": dict(attn_layer_indices=None),
+    "lfm2": dict(layer_types=["conv", "conv"]),
+    "lfm3": dict(layer_types=["conv", "conv"]),
+}
+
+
+def _one_kind(model_type: str) -> dict[str, Any]:
+    return parity(model_type, use_cache=False, **HYBRIDS[model_type])
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_a_hybrid_without_attention_is_divided_in_its_mlps(model_type: str) -> None:
+    if model_type not in ALL:
+        pytest.skip(OTHER_RELEASE)
+    for result in run_ranks(2, _one_kind, model_type):
+        assert not result["bad"] and result["cut"] == 2 * 3 + 2, "two layers' MLPs, the embedding and the head"
+
+
+def _moved_by_rounding(model_type: str) -> float:
+    """The largest relative change of a gradient where every weight of the unsharded model changes by about 1e-8 of itself."""
+    gradients = []
+    for noise in (0.0, 1e-8):
+        model, generator = tiny_of(model_type).train(), torch.Generator().manual_seed(7)
+        for parameter in model.parameters():
+            parameter.data *= 1 + noise * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        for batch in batches_for(2, 3, 7, model_type=model_type):
+            (model(**batch).loss / 2).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    return max(float(relative_error(gradients[1][name], grad)) for name, grad in gradients[0].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ROUNDED)
+def test_a_wider_tolerance_is_what_one_rounding_moves(model_type: str) -> None:
+    if model_type not in ALL:
+        pytest.skip(OTHER_RELEASE)
+    assert TOLERANCE < run_ranks(1, _moved_by_rounding, model_type)[0] < ROUNDED[model_type]
 
 
 FALCONS: dict[str, dict[str, Any]] = {

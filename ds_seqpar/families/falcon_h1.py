@@ -1,11 +1,3 @@
 """Falcon-H1: its plan in transformers cuts the embedding alone; the state-space mixer beside each attention is repeated whole."""
 
-STYLES = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.feed_forward.gate_proj": "colwise",
-    "layers.*.feed_forward.up_proj": "colwise",
-    "layers.*.feed_forward.down_proj": "rowwise",
-}
+LIKE = "bamba"

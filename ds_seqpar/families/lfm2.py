@@ -1,22 +1,8 @@
 """LFM2: its plan in transformers cuts the embedding alone; its convolutions are repeated whole."""
 
+LIKE = "lfm2_moe"
 STYLES = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.out_proj": "rowwise",
-    "layers.*.self_attn.q_layernorm": "replicated_with_grad_allreduce",
-    "layers.*.self_attn.k_layernorm": "replicated_with_grad_allreduce",
     "layers.*.feed_forward.w1": "colwise",
     "layers.*.feed_forward.w3": "colwise",
     "layers.*.feed_forward.w2": "rowwise",
 }
-ROLES = {"layers.*.self_attn.out_proj": ("q",)}
-OPTIONAL = (
-    "layers.*.self_attn.q_proj",
-    "layers.*.self_attn.k_proj",
-    "layers.*.self_attn.v_proj",
-    "layers.*.self_attn.out_proj",
-    "layers.*.self_attn.q_layernorm",
-    "layers.*.self_attn.k_layernorm",
-)

@@ -9,3 +9,11 @@ STYLES = {
     "layers.*.self_attn.k_layernorm": "replicated_with_grad_allreduce",
 }
 ROLES = {"layers.*.self_attn.out_proj": ("q",)}
+OPTIONAL = (
+    "layers.*.self_attn.q_proj",
+    "layers.*.self_attn.k_proj",
+    "layers.*.self_attn.v_proj",
+    "layers.*.self_attn.out_proj",
+    "layers.*.self_attn.q_layernorm",
+    "layers.*.self_attn.k_layernorm",
+)

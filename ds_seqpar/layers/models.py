@@ -24,7 +24,7 @@ from .region import ShardingState
 from .surgery import parameters_of
 from .token_handles import TokenShard
 
-__all__ = ["ShardedModel", "ShardedTopModel", "is_watched"]
+__all__ = ["ShardedModel", "ShardedTopModel"]
 
 
 class _Guarded:
@@ -178,7 +178,7 @@ class ShardedModel(_Guarded):
         hooks = torch.nn.modules.module
         below_python = bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
         below_python |= torch.nn.functional.linear.__module__ not in ("torch._C._nn", "torch.nn.functional")
-        return frozenset(name for name, modules in self._seen_through if below_python or any(map(is_watched, modules)))
+        return frozenset(name for name, modules in self._seen_through if below_python or any(map(_is_watched, modules)))
 
     def _with_states(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments, with another stack's output whole for the cross-attentions of all layers.
@@ -232,7 +232,7 @@ class ShardedTopModel(_Guarded, HidesHandles):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
-def is_watched(module: Any) -> bool:
+def _is_watched(module: Any) -> bool:
     """Whether hooks of the module's own see what it takes or returns, and may keep or change it.
 
     A hook with a true `only_looks` takes handles as they are.

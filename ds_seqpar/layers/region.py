@@ -40,7 +40,7 @@ class TokenRegion:
     `exchange` moves the rows; a region that is not cut needs none. `summed_later`: the gradient of a column-parallel
     linear's input stays this rank's part, because the gather that the input came from sums it.
     `together`: see PartialGradients.together. `apart`: see ShardingState; a recompute groups linears as its forward did.
-    `watched`: ids of modules whose hooks see plain tensors, see is_watched; of the forward's start, so that a recompute repeats it.
+    `watched`: ids of modules whose hooks see plain tensors, see layers/models.py; of the forward's start, so that a recompute repeats it.
     """
 
     batch: int

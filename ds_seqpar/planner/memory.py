@@ -123,7 +123,7 @@ def _kept(trace: StepTrace, zero: Zero, dp_size: int) -> _Kept:
     masters = 4 if (zero.masters and width == 2) or zero.stage else 0
     optimizer = 0 if zero.offload_optimizer else mine * (8 + masters)
     whole = trained * width
-    in_place = zero.in_place and unshared(zero.stage, dp_size, zero.accumulation) and not zero.offload_optimizer
+    in_place = zero.in_place and unshared(zero.stage, dp_size, zero.accumulation)
     bucket = zero.reduce_bucket * width if zero.stage and not in_place else 0
     kept = 0 if zero.offload_optimizer and zero.stage else mine * width
     step_elements = min(mine, zero.sub_group) if zero.stage == 3 else mine

@@ -234,6 +234,7 @@ _DECIDE = (
     "bfloat16",
     "fp16",
     "data_types",
+    "managed_gradient_accumulation",
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +20,5 @@ def _remembered(config: Any, key: Any, **options: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def remembered_traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def remembered_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "trace_step", _remembered)
-    yield

@@ -8,10 +8,11 @@ import logging
 import time
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from exactness import engine_for
+from exactness import engine_for, fresh_groups
 from models import batches, tiny
 from ranks import ON_GPU, run_ranks
 
@@ -143,9 +144,34 @@ def test_the_question_of_a_run_holds_everything_that_its_memory_depends_on() -> 
         for size in (8, 10**6)
     )
     assert peak < fewer < more
-    for more_of_it in ({"data_types": {"grad_accum_dtype": "fp32"}}, {"gradient_accumulation_steps": 2}):
-        asked = question_of(model, config, {**ds_config, **more_of_it}, 1, False)["ds_config"]
-        assert all(asked[name] == value for name, value in more_of_it.items())
+    for named in ({"data_types": {"grad_accum_dtype": "fp32"}}, {"managed_gradient_accumulation": False}):
+        copied = question_of(model, config, {**ds_config, **named}, 1, False) | {"batch": BATCH, "seq": SEQ}
+        assert predict_memory(copied)["peak"] > peak
+
+
+def _asked_of_a_run() -> dict[str, Any] | None:
+    """The DeepSpeed sections that a run of four micro batches, which its JSON does not count, asks its plan with."""
+    asked: list[dict[str, Any]] = []
+
+    def question(model: Any, config: Any, ds_config: dict[str, Any], *more: Any) -> dict[str, Any]:
+        asked.append(ds_config)
+        return question_of(model, config, ds_config, *more)
+
+    ds_seqpar.engine.question_of = question  # type: ignore[attr-defined]
+    ds_seqpar.engine.memory_meter = functools.partial(_Played, 0, 0)  # type: ignore[assignment]
+    fresh_groups()
+    model = tiny("llama").train()
+    ds_config = {
+        "train_batch_size": 4 * BATCH, "train_micro_batch_size_per_gpu": BATCH, "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True, "ds_seqpar": KEY,
+    }  # fmt: skip
+    deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=ds_config)
+    return asked[0] if asked else None
+
+
+def test_a_run_is_planned_with_the_accumulation_that_its_batch_sizes_give() -> None:
+    asked, others = run_ranks(2, _asked_of_a_run)
+    assert asked["gradient_accumulation_steps"] == 4 and others is None
 
 
 def test_batches_without_tokens_are_said_not_to_be_compared() -> None:
