@@ -42,9 +42,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "ranks that share a sequence, a case each (default: all of them); the groups are data parallel where the arm can"
     parser.add_argument("--tp", type=int, nargs="+", help=text)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--steps", type=int, default=5, help="timed steps of a case, after two to warm up (%(default)s)"
-    )
+    text = "timed steps of a case, after two to warm up: a number, or one for each of --tokens (default 5)"
+    parser.add_argument("--steps", type=int, nargs="+", default=[5], help=text)
     parser.add_argument(
         "--limit", type=float, default=120.0, help="seconds a case may take, its start included (%(default)s)"
     )
@@ -66,6 +65,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in args.arms or [] if name not in ARMS]
     if unknown:
         parser.error(f"unknown arms {unknown}; there are {list(ARMS)}")
+    args.tokens = args.tokens or ([64] if args.tiny else [8192, 32768])
+    if len(args.steps) not in (1, len(args.tokens)):
+        parser.error(f"--steps {args.steps}: give one number, or one for each of --tokens {args.tokens}")
+    args.steps = dict(zip(args.tokens, args.steps * (len(args.tokens) if len(args.steps) == 1 else 1), strict=True))
     return args
 
 
@@ -80,7 +83,7 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Any]]:
         tps = (args.tp or [args.ranks]) if ARMS[arm].data_parallel else [args.ranks]
         zeros = args.zero if ARMS[arm].takes_zero else args.zero[:1]
         attentions = args.attention or (["default"] if tiny else ["cudnn"])
-        lengths = sorted(args.tokens or ([64] if tiny else [8192, 32768]))
+        lengths = sorted(args.tokens)
         result[arm] = [
             Case(
                 arm=arm,
@@ -100,8 +103,8 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Any]]:
     return result
 
 
-def run_cases(cases: list[Any], spool: Path, steps: int) -> None:
-    """On a rank: the cases one after another; rank 0 writes a line when one starts and its row when it is done."""
+def run_cases(cases: list[Any], spool: Path, steps: dict[int, int]) -> None:
+    """On a rank: the cases one after another, `steps[tokens]` timed steps each; rank 0 writes a line when one starts and its row when it is done."""
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -132,7 +135,7 @@ def run_cases(cases: list[Any], spool: Path, steps: int) -> None:
         with attention_kernel(case.attention):
             workload = ARMS[case.arm].build(case)
             built = time.monotonic()
-            row = measure(workload, case, tokens_of(case, device), steps)
+            row = measure(workload, case, tokens_of(case, device), steps[case.tokens])
         row["build_s"], row["run_s"] = built - begin, time.monotonic() - built
         write({"done": i, "row": {**row, **facts}})
         if i + 1 < len(cases):

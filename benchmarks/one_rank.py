@@ -54,40 +54,8 @@ class Peer:
         torch.cuda._sleep(int(us * self.cycles))
 
 
-def stand_in(peer: Peer) -> None:
-    """Puts `peer` where ds_seqpar looks for another rank."""
-    import math
-
-    import torch
-
-    from ds_seqpar import inject
-    from ds_seqpar.comm import exchange, symmetric
-    from ds_seqpar.layers.guard import InputGuard
-
-    class Handle:
-        def __init__(self, memory: Any) -> None:
-            self.memory = memory
-
-        def get_buffer(self, rank: int, shape: Any, dtype: Any, offset: int) -> Any:
-            return self.memory.view(dtype)[offset : offset + math.prod(shape)].view(shape)
-
-    def allocate(memory: symmetric.SymmetricMemory, nbytes: int) -> symmetric.Slot:
-        own = torch.empty(-(-nbytes // symmetric.GRAIN) * symmetric.GRAIN, dtype=torch.uint8, device="cuda")
-        memory._slots.append(symmetric.Slot(own, Handle(own)))
-        return memory._slots[-1]
-
-    def decide(self: exchange.Exchange, x: Any) -> None:
-        self._decided, self._copy_engines = True, exchange._CopyEngines(self._group)
-
-    symmetric.SymmetricMemory._allocate = allocate  # type: ignore[method-assign]
-    symmetric.SymmetricMemory._meet = lambda memory: peer.wait()  # type: ignore[method-assign]
-    exchange.Exchange._decide = decide  # type: ignore[method-assign]
-    InputGuard.check = lambda self, *args, **kwargs: 0  # type: ignore[method-assign]
-    inject._refuse_different_weights = lambda *args: None
-
-
-def sharded_model(case: Any) -> Any:
-    """Rank 0's half of the benchmark's model."""
+def sharded_model(case: Any, peer: Peer) -> Any:
+    """Rank 0's half of the benchmark's model, with `peer` where the other rank would be."""
     import torch
     import torch.distributed as dist
     from harness.weights import hf_model
@@ -97,11 +65,14 @@ def sharded_model(case: Any) -> Any:
     from ds_seqpar.hf import causal_lm_loss, describe
     from ds_seqpar.inject import inject
     from ds_seqpar.layers.loss import CausalLMLoss
+    from ds_seqpar.planner.stand_ins import AlikeInputs, OwnMemory
 
     model: Any = hf_model(case, torch.device("cuda", 0))
     loss = causal_lm_loss(model)
     groups = ParallelGroups(dist.group.WORLD, dist.group.WORLD, 2, 0)
-    inject(model, describe(model), SeqParConfig.from_json({"tp_size": 2}), groups)
+    inject(model, describe(model), SeqParConfig.from_json({"tp_size": 2}), groups, has_values=False)
+    model.seqpar.guard = AlikeInputs()
+    model.seqpar.exchange.decide(OwnMemory(groups.tp_group, peer.wait))
     model.loss_function = CausalLMLoss(loss)
     return model.train()
 
@@ -152,10 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.cuda.set_device(0)
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     peer = Peer()
-    stand_in(peer)
     case = Case("one_rank", 0, args.layers, "cudnn", "none", "bfloat16")
     with attention_kernel(case.attention):
-        model = sharded_model(case)
+        model = sharded_model(case, peer)
         for count in args.tokens:
             tokens = tokens_of(
                 Case("one_rank", count, args.layers, "cudnn", "none", "bfloat16"), torch.device("cuda", 0)

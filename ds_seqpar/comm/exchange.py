@@ -109,6 +109,11 @@ class Exchange:
         rows = rows_per_rank(tokens, dist.get_world_size(self._group))
         return self._transport(like, rows * width * like.element_size()).scatter(tokens, width, like)
 
+    def decide(self, memory: SymmetricMemory | None) -> None:
+        """Takes copy engines over `memory`, or collectives for None, without asking the other ranks."""
+        self._decided = True
+        self._copy_engines = None if memory is None else _CopyEngines(self._group, memory)
+
     def _transport(self, x: Tensor, nbytes: int) -> Transport:
         if not self._decided:
             self._decide(x)
@@ -127,7 +132,7 @@ class Exchange:
         dist.all_gather_object(reasons, why, group=self._cpu_group)
         why = next((reason for reason in reasons if reason), None)
         if why is None:
-            self._copy_engines = _CopyEngines(self._group)
+            self._copy_engines = _CopyEngines(self._group, SymmetricMemory(self._group))
         self.remark = f"collectives on their own stream ({why})" if why else "copy engines over the GPUs' peer memory"
         if self._tell is not None:
             self._tell(f"token rows travel by {self.remark}")
@@ -208,8 +213,8 @@ class _ScatteringAtOnce:
 class _CopyEngines:
     """Reads from the peers' symmetric memory on a stream of its own. A group makes the same calls on all ranks."""
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.memory = SymmetricMemory(group)
+    def __init__(self, group: ProcessGroup, memory: SymmetricMemory) -> None:
+        self.memory = memory
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         # Each rank reads from a different peer at a time.
         self.peers = [(self.rank + step) % self.size for step in range(1, self.size)]

@@ -1,7 +1,8 @@
 """Measures how fast this machine's host launches work, in a process of its own: it needs a process group, which planning must not find.
 
-A small model takes forward and backward with few tokens, so that the time until they return is Python's: one rank of two, whose
-collectives return at once. The same model is traced, and its operations are counted as those of a plan are.
+A narrow model takes forward and backward, so that the time until they return is Python's: one rank of two, whose collectives
+return at once; on a GPU it copies from its own memory where it would from its peer's. The same model is traced, and its operations are
+counted as those of a plan are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..groups import ParallelGroups
 from ..hf import causal_lm_loss, describe, planned_config, planned_model
 from ..inject import inject
 from ..layers.loss import CausalLMLoss
-from .stand_ins import AlikeInputs, fake_groups
+from .stand_ins import AlikeInputs, OwnMemory, fake_groups
 from .step import trace_step
 from .steptime import launched
 
@@ -36,7 +37,8 @@ SIZES = dict(
     vocab_size=512,
 )  # fmt: skip
 KEY = SeqParConfig(tp_size=2)
-TOKENS, STEPS = 64, 15
+TOKENS = {"cuda": 8192, "cpu": 64}  # on a GPU so many that rows travel by copy engine, as in any long sequence
+STEPS = 15
 LIMIT_S = 180
 
 
@@ -59,16 +61,18 @@ def measure_host(on_gpu: bool) -> HostRates | None:
     return None if line is None else json.loads(line.removeprefix(ANSWER))
 
 
-def _operations(plain: bool) -> tuple[int, int]:
-    """Of a forward and of a backward."""
+def _operations(plain: bool, device: torch.device) -> tuple[int, int]:
+    """Of a forward and of a backward, as this process makes them: a transfer is one collective where there are no copy engines."""
     key = SeqParConfig(tp_size=1) if plain else KEY
-    trace = trace_step(planned_config("llama", SIZES), key, batch=1, seq=TOKENS, plain=plain)
-    return launched(trace.forward_work, key.tp_size), launched(trace.backward_work, key.tp_size)
+    trace = trace_step(planned_config("llama", SIZES), key, batch=1, seq=TOKENS[device.type], plain=plain)
+    if plain or device.type == "cuda":
+        return launched(trace.forward_work, key.tp_size), launched(trace.backward_work, key.tp_size)
+    return tuple(work.operations + work.moves for work in (trace.forward_work, trace.backward_work))  # type: ignore[return-value]
 
 
 def _seconds(model: Any, device: torch.device) -> tuple[float, float]:
     """Until a forward and a backward return, medians; the device is idle when they begin."""
-    ids = torch.zeros((1, TOKENS), dtype=torch.int64, device=device)
+    ids = torch.zeros((1, TOKENS[device.type]), dtype=torch.int64, device=device)
     found = []
     for _ in range(STEPS):
         if device.type == "cuda":
@@ -82,25 +86,26 @@ def _seconds(model: Any, device: torch.device) -> tuple[float, float]:
     return statistics.median(forward), statistics.median(backward)
 
 
-def _shard(model: Any, groups: ParallelGroups) -> None:
+def _shard(model: Any, groups: ParallelGroups, device: torch.device) -> None:
     """As the engine does, without DeepSpeed, and without what the other rank would be asked."""
     loss = causal_lm_loss(model)
     assert loss is not None
     inject(model, describe(model), KEY, groups, has_values=False)
     model.seqpar.guard = AlikeInputs()
-    model.seqpar.exchange._decided = True  # for collectives: peers have no memory
+    on_gpu = device.type == "cuda"
+    model.seqpar.exchange.decide(OwnMemory(groups.tp_group, lambda: torch.cuda._sleep(1)) if on_gpu else None)
     model.loss_function = CausalLMLoss(loss)
 
 
 def _measure(device: torch.device) -> HostRates:
-    counted = {plain: _operations(plain) for plain in (False, True)}  # before there is a process group
+    counted = {plain: _operations(plain, device) for plain in (False, True)}  # before there is a process group
     model: Any = planned_model(planned_config("llama", SIZES), torch.bfloat16).to_empty(device=device).train()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.zero_()
     plain = sum(_seconds(model, device))
     model.zero_grad()
     with fake_groups(KEY.tp_size) as groups:
-        _shard(model, groups)
+        _shard(model, groups, device)
         forward, backward = _seconds(model, device)
     return {
         "host_forward_us": 1e6 * forward / counted[False][0],

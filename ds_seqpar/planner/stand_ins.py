@@ -8,6 +8,7 @@ Legend: T tokens, t tp_size, c = ceil(T/t), b batch, n heads, s sequence, d head
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,7 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from ..comm.exchange import Gathering, Scattering
-from ..comm.symmetric import ENOUGH_SLOTS, GRAIN
+from ..comm.symmetric import ENOUGH_SLOTS, GRAIN, Slot, SymmetricMemory
 from ..comm.tokens import rows_per_rank
 from ..errors import PlanError
 from ..groups import ParallelGroups
@@ -32,7 +33,7 @@ from ..kernels.dispatch import shapes_only
 if TYPE_CHECKING:
     from .trace import Tracker
 
-__all__ = ["AlikeInputs", "ModelledExchange", "NoRandom", "as_on_gpu", "fake_groups", "truthful"]
+__all__ = ["AlikeInputs", "ModelledExchange", "NoRandom", "OwnMemory", "as_on_gpu", "fake_groups", "truthful"]
 
 
 @contextmanager
@@ -195,6 +196,35 @@ def as_on_gpu(tracker: Tracker) -> Iterator[None]:
         stack.enter_context(shapes_only())
         stack.enter_context(_AsOnGpu(tracker))
         yield
+
+
+class OwnMemory(SymmetricMemory):
+    """For a rank alone on a real GPU: its own memory in place of every peer's, and a barrier that launches `wait`.
+
+    The host does what it does with peers, and the GPU copies as much, though not over the links.
+    """
+
+    def __init__(self, group: ProcessGroup, wait: Callable[[], None]) -> None:
+        super().__init__(group)
+        self._wait = wait
+
+    def _meet(self) -> None:
+        self._wait()
+
+    def _allocate(self, nbytes: int) -> Slot:
+        memory = torch.empty(-(-nbytes // GRAIN) * GRAIN, dtype=torch.uint8, device=self.stream.device)
+        self._slots.append(Slot(memory, _OwnHandle(memory)))
+        return self._slots[-1]
+
+
+class _OwnHandle:
+    """As that of a rendezvous."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+
+    def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+        return self._memory.view(dtype)[offset : offset + math.prod(shape)].view(shape)
 
 
 @dataclass(eq=False)

@@ -324,7 +324,7 @@ class _Run:
         if self.on_gpu:
             state.exchange = self.exchange  # type: ignore[assignment]
         else:
-            state.exchange._decided = True
+            state.exchange.decide(None)
 
     def trace(self, batch: int, seq: int) -> StepTrace:
         model, tracker = self.model, self.tracker

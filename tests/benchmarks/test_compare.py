@@ -120,6 +120,14 @@ def test_parts_are_measured(tmp_path: Path) -> None:
     assert exposed["transfers"] >= 2 * (2 * 2 + 2 * 2 + 2) and exposed["without_ms"] < exposed["with_ms"]
 
 
+def test_steps_are_one_number_or_one_a_length(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.parse([]).steps == {8192: 5, 32768: 5}
+    assert compare.parse(["--tokens", "4096", "512", "--steps", "2", "7"]).steps == {4096: 2, 512: 7}
+    with pytest.raises(SystemExit):
+        compare.parse(["--tokens", "512", "--steps", "2", "7"])
+    assert "--steps [2, 7]: give one number, or one for each of --tokens [512]" in capsys.readouterr().err
+
+
 def case(arm: str, tokens: int = 64) -> Case:
     return Case(arm, tokens, 2, "default", "none", "float32", tiny=True)
 
@@ -131,7 +139,7 @@ def run_fake(monkeypatch: pytest.MonkeyPatch, folder: Path, build: Any, cases: l
     monkeypatch.setitem(sys.modules, "arms.fake", module)
     monkeypatch.setitem(ARMS, "fake", Arm("fake", "fake"))
     (folder / "logs").mkdir()
-    args = types.SimpleNamespace(out=folder, ranks=2, limit=limit, steps=1)
+    args = types.SimpleNamespace(out=folder, ranks=2, limit=limit, steps={case.tokens: 1 for case in cases})
     return list(compare.run_arm("fake", cases, args))
 
 
