@@ -104,7 +104,7 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Any]]:
 
 
 def run_cases(cases: list[Any], spool: Path, steps: dict[int, int]) -> None:
-    """On a rank: the cases one after another, `steps[tokens]` timed steps each; rank 0 writes a line when one starts and its row when it is done."""
+    """On a rank: the cases, with `steps[tokens]` timed steps; rank 0 writes a line when one starts and its row when it is done."""
     import deepspeed
     import torch
     import torch.distributed as dist

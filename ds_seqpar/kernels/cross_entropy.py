@@ -58,7 +58,7 @@ def gradient_(logits: Tensor, local_targets: Tensor, log_sum: Tensor, scale: Ten
     wide.scatter_add_(-1, index, -mine.unsqueeze(-1).to(wide.dtype))
     # 0 * inf: a token that does not count must not bring in what its logits overflowed to.
     wide.mul_(scale.unsqueeze(-1)).masked_fill_((scale == 0).unsqueeze(-1), 0.0)
-    return wide if wide.data_ptr() == logits.data_ptr() else logits.copy_(wide)
+    return wide if wide is logits else logits.copy_(wide)
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

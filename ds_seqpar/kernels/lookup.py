@@ -1,4 +1,4 @@
-"""Rows of a part of a table.
+"""Rows of a part of a table, and their gradients.
 
 Legend: n ids, V_r rows of the part, w width.
 """
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .dispatch import fused_kernels, runs_fused
 
-__all__ = ["rows_into"]
+__all__ = ["rows_into", "sums_of_rows"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rows_into(out: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -21,3 +23,17 @@ def rows_into(out: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     mine = (ids >= 0) & (ids < weight.shape[0])
     torch.index_select(weight, 0, torch.where(mine, ids, 0), out=out)
     return out.masked_fill_(~mine.unsqueeze(-1), 0)
+
+
+def sums_of_rows(dy: Tensor, ids: Tensor, count: int) -> Tensor:
+    """[count, w], row i the sum of the rows of dy [n, w] whose id is i; ids [n] int64 in 0 .. count, of which `count` itself is left out.
+
+    On GPUs in fp32, rounded once, in the tokens' order: the same each time.
+    """
+    if not (runs_fused(dy) and dy.dtype in _DTYPES and count < 2**31):
+        # One row more, for what is not to be counted: torch leaves that out, and adds nothing.
+        return torch.ops.aten.embedding_dense_backward(dy, ids, count + 1, count, False)[:count]  # type: ignore[no-any-return]
+    ordered, order = torch.sort(ids.to(torch.int32), stable=True)
+    out = dy.new_zeros((count, dy.shape[1]))
+    fused_kernels().sum_runs(out, dy.contiguous(), ordered, order)
+    return out

@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = [
     "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
-    "rms_norm_backward", "rotate", "rows_into", "scaled", "scaled_", "sum_parts",
+    "rms_norm_backward", "rotate", "rows_into", "scaled", "scaled_", "sum_parts", "sum_runs",
 ]  # fmt: skip
 
 
@@ -83,3 +83,9 @@ def sum_parts(own: Tensor, received: Tensor | None, residual: Tensor | None, out
     for read in (received, residual):
         if read is not None:
             read.amax()
+
+
+def sum_runs(out: Tensor, dy: Tensor, ordered: Tensor, order: Tensor) -> None:
+    """See triton_kernels.sum_runs."""
+    dy.amax()
+    out[: dy.shape[0]].fill_(0.0)

@@ -19,7 +19,7 @@ from .adjacent import parted
 
 __all__ = [
     "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
-    "rms_norm_backward", "rotate", "rows_into", "scaled", "scaled_", "sum_parts",
+    "rms_norm_backward", "rotate", "rows_into", "scaled", "scaled_", "sum_parts", "sum_runs",
 ]  # fmt: skip
 
 _PROGRAMS_A_PROCESSOR = 2  # of the norm's backward, each with a partial sum of the weight's gradient
@@ -248,6 +248,28 @@ def _rows_into(out, weight, ids, count, width, BLOCK: tl.constexpr):
     tl.store(out + row * width + cols, values, mask=cols < width)
 
 
+@triton.jit
+def _sum_runs(out, dy, ordered, order, length, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0)
+    at = tl.load(ordered + first)
+    before = tl.load(ordered + first - 1, mask=first > 0, other=-1)
+    if (at < count) & (at != before):  # a run begins here
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        start, more = first, 1
+        while more > 0:
+            place = start + tl.arange(0, ROWS)
+            mine = tl.load(ordered + place, mask=place < length, other=-1) == at
+            row = tl.load(order + place, mask=mine, other=0)
+            values = tl.load(
+                dy + row[:, None] * width + cols[None, :], mask=mine[:, None] & (cols < width)[None, :], other=0.0
+            )
+            total += tl.sum(values.to(tl.float32), axis=0)
+            start += ROWS
+            more = tl.sum(mine.to(tl.int32), axis=0) // ROWS  # whether the run may go on
+        tl.store(out + at.to(tl.int64) * width + cols, total, mask=cols < width)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -344,6 +366,13 @@ def rows_into(out: Tensor, weight: Tensor, ids: Tensor) -> None:
     if out.numel():
         grid = (out.shape[0], _ceil(out.shape[1], 1024))
         _launch(_rows_into, grid, (out, weight, ids), (weight.shape[0], weight.shape[1]), BLOCK=1024)
+
+
+def sum_runs(out: Tensor, dy: Tensor, ordered: Tensor, order: Tensor) -> None:
+    """out[i] = the sum of the rows of dy [n, w] at the places of `order` [n] where `ordered` [n], ascending, is i; others stay."""
+    if dy.numel():
+        grid = (dy.shape[0], _ceil(dy.shape[1], 512))
+        _launch(_sum_runs, grid, (out, dy, ordered, order), (*dy.shape[:1], *out.shape), ROWS=8, BLOCK=512)
 
 
 def sum_parts(own: Tensor, received: Tensor | None, residual: Tensor | None, out: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..comm.collectives import all_reduce
 from ..errors import SeqParError
-from ..kernels.lookup import rows_into
+from ..kernels.lookup import rows_into, sums_of_rows
 from .region import ShardingState, TokenRegion
 from .token_handles import TokenShard
 
@@ -99,11 +99,8 @@ class _RowsOfVocabulary(Function):
         mine = (ids >= 0) & (ids < ctx.count)
         if ctx.skipped is not None:
             mine &= ids != ctx.skipped
-        # One row more, for what is not to be counted: torch leaves that out, and adds nothing.
-        full = dy if gathering is None else gathering.whole()
-        dw = torch.ops.aten.embedding_dense_backward(
-            full, torch.where(mine, ids, ctx.count), ctx.count + 1, ctx.count, False
-        )
+        places = torch.where(mine, ids, ctx.count)
+        dw = sums_of_rows(dy if gathering is None else gathering.whole(), places, ctx.count)
         if gathering is not None:
             gathering.release()
-        return dw[: ctx.count], None, None, None
+        return dw, None, None, None

@@ -83,7 +83,7 @@ class _ColumnParallel(Function):
         if not region.cut:
             x = x.reshape(*lead, -1)
             return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
-        ys, products = _outputs(x, weights, biases, lead, n if together else n - 1 if n > 2 else 0)  # type: ignore[arg-type]
+        ys, products, apart = _outputs(x, weights, biases, lead, together)  # type: ignore[arg-type]
         widest = max(y.shape[1] for y, _, _ in products)
         if gathering is None:
             gathering = region.transport.gather(x.reshape(region.rows, -1), region.tokens)
@@ -95,6 +95,8 @@ class _ColumnParallel(Function):
             if y.shape[1] * _NARROW <= widest:
                 _product_into(y, gathering.whole(), w, b)
         gathering.release()
+        if apart is not None:
+            ys[-1].view(region.tokens, -1).copy_(apart)
         return tuple(ys)
 
     @staticmethod
@@ -166,25 +168,40 @@ def _sum_of_products(out: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tens
     return out
 
 
-def _outputs(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lead: tuple[int, int], together: int
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor | None]]]:
-    """Memory for the outputs [b, s, out_r], and the products that fill it: (where to [T, out], weight.T, bias).
+Product = tuple[Tensor, Tensor, Tensor | None]
+"""Where to [T, out], weight.T, bias."""
 
-    The first `together` outputs may share memory, and then are one product if their weights are adjacent.
+
+def _outputs(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lead: tuple[int, int], together: bool
+) -> tuple[list[Tensor], list[Product], Tensor | None]:
+    """Memory for the outputs [b, s, out_r], the products that fill it, and what is to be copied to the last output then.
+
+    Outputs that may share memory are one product if their weights are adjacent. Where the last may not and is narrow, it is part of
+    the product too, and copied: a product of its own would take longer.
     """
-    tokens, first = lead[0] * lead[1], weights[:together]
-    joint = joined(first, 0) if len(first) > 1 and all(b is None for b in biases[:together]) else None
+    n, tokens = len(weights), lead[0] * lead[1]
+    widths = [w.shape[0] for w in weights]
+    shared = n if together else n - 1 if n > 2 else 0
+    copied = shared == n - 1 and widths[-1] * _NARROW <= max(widths)
     ys: list[Tensor] = []
-    products: list[tuple[Tensor, Tensor, Tensor | None]] = []
-    if joint is not None:
+    products: list[Product] = []
+    apart = None
+    for count in (n, shared) if copied else (shared,):
+        joint = joined(weights[:count], 0) if count > 1 and all(b is None for b in biases[:count]) else None
+        if joint is None:
+            continue
         whole = x.new_empty((tokens, joint.shape[0]))
-        ys += parted(whole, [w.shape[0] for w in first], lead)
+        ys += parted(whole, widths[:shared], lead)
         products.append((whole, joint.t(), None))
+        if count > shared:
+            ys.append(x.new_empty((*lead, widths[-1])))
+            apart = whole[:, -widths[-1] :]
+        break
     for w, b in list(zip(weights, biases, strict=True))[len(ys) :]:
         ys.append(x.new_empty((*lead, w.shape[0])))
         products.append((ys[-1].view(tokens, -1), w.t(), b))
-    return ys, products
+    return ys, products, apart
 
 
 def _product_into(out: Tensor, x: Tensor, transposed: Tensor, bias: Tensor | None) -> None:

@@ -50,8 +50,9 @@ class _LinearCrossEntropy(Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         options = replace(options, chunk_tokens=_tokens_at_once(weight, options, wants_dw))
         # One product rounds once, whatever it is summed in. A sum over tokens can overflow in float16.
-        at_once = _rows_at_once(options) >= options.region.rows and weight.dtype is torch.bfloat16
-        dx = torch.zeros_like(hidden) if wants_dx else None
+        one_chunk = _rows_at_once(options) >= options.region.rows
+        at_once = one_chunk and weight.dtype is torch.bfloat16
+        dx = torch.empty_like(hidden) if wants_dx and not one_chunk else None
         dw = None
         db = torch.zeros_like(bias, dtype=wide) if wants_db and bias is not None else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -64,19 +65,21 @@ class _LinearCrossEntropy(Function):
             losses, dlogits = _chunk_loss(logits, wanted, options, wants_dx or wants_dw or wants_db, share)
             total += losses
             scattering = None
-            if dx is not None and cut:
+            if wants_dx and cut:
                 scattering = options.region.transport.scatter(wanted.numel(), weight.shape[1], dlogits)
                 for part, memory in scattering.parts():
                     torch.mm(dlogits[part], weight, out=memory)
-            elif dx is not None:
-                dx[rows] = dlogits @ weight
             if wants_dw:
                 first = weight.dtype if at_once else wide
                 dw = _product(dlogits.t(), x, first) if dw is None else _accumulate(dw, dlogits.t(), x)
             if db is not None:
                 db += dlogits.sum(0)
-            if dx is not None and scattering is not None:
-                dx[rows] = scattering.wait()
+            if wants_dx:
+                dx_here = dlogits @ weight if scattering is None else scattering.wait()
+                if dx is None:
+                    dx = dx_here
+                else:
+                    dx[rows] = dx_here
         if dx is not None and not cut:
             dx = all_reduce(dx, group)
         # Kept until backward, so in the weight's own dtype where that cannot overflow.

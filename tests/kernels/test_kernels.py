@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy, gelu, silu
 
 from ds_seqpar.kernels import cross_entropy as ce
 from ds_seqpar.kernels.addition import sum_into, sum_with
+from ds_seqpar.kernels.dispatch import runs_fused
 from ds_seqpar.kernels.gating import gated, gated_backward, known_activation
-from ds_seqpar.kernels.lookup import rows_into
+from ds_seqpar.kernels.lookup import rows_into, sums_of_rows
 from ds_seqpar.kernels.rms_norm import rms_norm, rms_norm_gradients, rms_norm_into
 from ds_seqpar.kernels.rotary import rotate
 
@@ -64,6 +65,26 @@ def test_gating_equals_torch(device, act, packed):
     torch.testing.assert_close(dgate, wanted_gate.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(dup, wanted_up.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(product, wanted.detach())
+
+
+@pytest.mark.parametrize("width", [8, 1030])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_the_rows_of_an_id(device, width, dtype):
+    """Runs of 1, 7, 8, 9, 16 and 40 equal ids: shorter than what the kernel takes at once, as long, and longer; and none."""
+    count, left_out = 50, 5
+    lengths = {0: 1, 3: 7, 4: 8, 17: 9, 48: 16, 49: 40, count: left_out}
+    ids = torch.cat([torch.full((n,), i) for i, n in lengths.items()])
+    ids = ids[torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(2))].to(device)
+    dy = _randn(ids.numel(), width, device=device).to(dtype)
+    dy[ids == count] = float("nan")
+    wanted = torch.zeros(count + 1, width, dtype=torch.float64, device=device).index_add_(0, ids, dy.double())[:count]
+    found = sums_of_rows(dy, ids, count)
+    assert found.shape == (count, width) and found.dtype == dtype
+    # The interpreter rounds towards zero; torch rounds at every sum on the CPU.
+    once = dict(rtol=2**-7, atol=1e-5) if runs_fused(dy) else dict(rtol=0.05, atol=0.2)
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype is torch.float32 else once
+    torch.testing.assert_close(found.double(), wanted, **tolerance)
+    assert torch.equal(found, sums_of_rows(dy, ids, count))
 
 
 @pytest.mark.parametrize("width", [8, 1030])
