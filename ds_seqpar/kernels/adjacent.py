@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["joined", "lay_side_by_side", "parted", "reshaped"]
+from .dispatch import fused_kernels, runs_fused
+
+__all__ = ["Room", "copy_rows", "joined", "lay_side_by_side", "parted", "reshaped"]
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
@@ -52,6 +55,52 @@ def parted(whole: Tensor, widths: Sequence[int], lead: tuple[int, ...] | None = 
             parts.append(whole.new_empty(0).set_(whole.untyped_storage(), offset, shape, (*strides, 1)))
         start += width
     return parts
+
+
+class Room:
+    """Columns that nobody uses, behind those in use, of a memory [n, width]: what belongs beside these may be put there.
+
+    Known by their storage, for what passes between two nodes of one graph as views that remember nothing else.
+    """
+
+    _MOST = 64
+    _known: ClassVar[dict[int, int]] = {}  # storage -> width; an entry may be of a storage that is no more
+
+    @classmethod
+    def offer(cls, whole: Tensor) -> None:
+        """Of contiguous whole [n, width]: what begins at its first column and does not reach its last may be added to."""
+        if len(cls._known) >= cls._MOST:
+            cls._known.clear()
+        cls._known[whole.untyped_storage()._cdata] = whole.shape[1]
+
+    @classmethod
+    def beside(cls, *parts: Tensor) -> int | None:
+        """The width of the memory that all `parts` lie in, if room beside them was offered. To be asked once."""
+        storages = {part.untyped_storage()._cdata for part in parts}
+        found = [cls._known.pop(storage, None) for storage in storages]
+        return found[0] if len(found) == 1 else None
+
+    @classmethod
+    def filled(cls, parts: Sequence[Tensor]) -> Tensor | None:
+        """2-D `parts` as one tensor along dim 1, the last copied to the room beside the others; None if there is none."""
+        first, last = parts[0], parts[-1]
+        width = cls.beside(*parts[:-1])
+        if width is None or width != first.stride(0) or first.storage_offset() != 0 or first.dtype != last.dtype:
+            return None
+        others = joined(parts[:-1], 1) if len(parts) > 2 else first
+        if others is None or others.shape[1] + last.shape[1] != width or others.stride(1) != 1:
+            return None
+        whole = torch.as_strided(others.detach(), (others.shape[0], width), (width, 1), 0)
+        copy_rows(whole[:, others.shape[1] :], last)
+        return whole
+
+
+def copy_rows(out: Tensor, x: Tensor) -> None:
+    """out = x, both [n, w] of one dtype; the rows of either may lie apart."""
+    if runs_fused(x) and x.stride(1) == out.stride(1) == 1:
+        fused_kernels().copied_rows(out, x)
+    else:
+        out.copy_(x)
 
 
 def reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:

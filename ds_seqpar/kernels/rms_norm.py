@@ -67,18 +67,24 @@ def rms_norm_gradients(
     eps: float,
     wants_dweight: bool,
     beside: Tensor | None = None,
+    also: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(dx, dweight or None) where the output's gradient is dy + every part of `more` [p, ...], and `rms_norm_into` gave `root`.
 
-    `beside`, of as many elements as x, is added to dx: what else x gets.
+    `beside`, of as many elements as x, is added to dx: what else x gets. dx is written to `also` too, contiguous and as large.
     """
     if root is not None:
         more, beside = (None if part is None else part.contiguous() for part in (more, beside))
-        return fused_kernels().rms_norm_backward(dy.contiguous(), x, weight, root, wants_dweight, more, beside)  # type: ignore[no-any-return]
+        gradients = fused_kernels().rms_norm_backward(
+            dy.contiguous(), x, weight, root, wants_dweight, more, beside, also
+        )
+        return gradients  # type: ignore[no-any-return]
     dy = dy if more is None else dy + more.sum(0)
     with torch.enable_grad():
         x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
         y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
     dx, dweight = torch.autograd.grad(y, (x, weight), dy.view(y.shape))
     dx = dx if beside is None else dx + beside.reshape(dx.shape)
+    if also is not None:
+        also.copy_(dx.view(also.shape))
     return dx, dweight if wants_dweight else None

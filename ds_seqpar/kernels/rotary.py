@@ -13,33 +13,54 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .adjacent import Room
 from .dispatch import fused_kernels, runs_fused
 
 __all__ = ["rotate"]
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor | None = None) -> Tensor:
     if runs_fused(x) and x.stride(-1) == 1:
-        return fused_kernels().rotate(x, cos, sin, inverse)  # type: ignore[no-any-return]
+        return fused_kernels().rotate(x, cos, sin, inverse, out)  # type: ignore[no-any-return]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if inverse:
         first, second = (x * sin).chunk(2, dim=-1)
-        return x * cos + torch.cat((second, -first), dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+        y = x * cos + torch.cat((second, -first), dim=-1)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        y = x * cos + torch.cat((-second, first), dim=-1) * sin
+    return y if out is None else out.copy_(y)
+
+
+def _lies_in_rows_of(width: int, x: Tensor) -> bool:
+    """Whether x [b, n, s, d] is columns of a memory [b*s, width]."""
+    _, heads, seq, d = x.shape
+    last = x.storage_offset() + (heads - 1) * x.stride(1) + d
+    return (x.stride(0), x.stride(2), x.stride(3)) == (seq * width, width, 1) and last <= width
 
 
 class _Rotate(Function):
+    """The gradients lie in memory as the inputs do, with the room that is beside these (see Room)."""
+
     @staticmethod
     def forward(ctx: Any, cos: Tensor, sin: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
+        width = Room.beside(*xs)
+        ctx.width = width if width is not None and all(_lies_in_rows_of(width, x) for x in xs) else None
+        ctx.layouts = [(x.shape, x.stride(), x.storage_offset()) for x in xs]
         return tuple(_rotated(x, cos, sin, False) for x in xs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return None, None, *(_rotated(dy, cos, sin, True) for dy in dys)
+        if ctx.width is None:
+            return None, None, *(_rotated(dy, cos, sin, True) for dy in dys)
+        batch, _, seq, _ = dys[0].shape
+        whole = dys[0].new_empty((batch * seq, ctx.width))
+        Room.offer(whole)
+        outs = [whole.as_strided(*layout) for layout in ctx.layouts]
+        return None, None, *(_rotated(dy, cos, sin, True, out) for dy, out in zip(dys, outs, strict=True))
 
 
 def rotate(cos: Tensor, sin: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
+    "copied_rows", "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
     "rms_norm_backward", "rotate", "rows_into", "scaled", "scaled_", "sum_parts", "sum_runs",
 ]  # fmt: skip
 
@@ -32,18 +32,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
 
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool, more: Tensor | None = None,
-    beside: Tensor | None = None,
+    beside: Tensor | None = None, also: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See triton_kernels.rms_norm_backward."""
     for read in (more, beside):
         if read is not None:
             read.amax()
+    if also is not None:
+        also.fill_(0.0)
     return torch.add(dy.view(x.shape), x), torch.empty_like(weight) if wants_dweight else None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor | None = None) -> Tensor:
     """See rotary.rotate."""
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     return (out if out.stride(-1) == 1 else x.new_empty(x.shape)).copy_(x)
 
 
@@ -83,6 +85,11 @@ def sum_parts(own: Tensor, received: Tensor | None, residual: Tensor | None, out
     for read in (received, residual):
         if read is not None:
             read.amax()
+
+
+def copied_rows(out: Tensor, x: Tensor) -> None:
+    """See triton_kernels.copied_rows."""
+    out.copy_(x)
 
 
 def sum_runs(out: Tensor, dy: Tensor, ordered: Tensor, order: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .adjacent import parted
 
 __all__ = [
-    "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
+    "copied_rows", "cross_entropy_combined", "cross_entropy_gradient_", "cross_entropy_statistics", "gated", "gated_backward", "rms_norm",
     "rms_norm_backward", "rotate", "rows_into", "scaled", "scaled_", "sum_parts", "sum_runs",
 ]  # fmt: skip
 
@@ -197,8 +197,8 @@ def _rms_norm(x, weight, out, root, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rms_norm_backward(
-    dy, more, beside, x, weight, root, dx, dweight, rows, width, size,
-    PARTS: tl.constexpr, BESIDE: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    dy, more, beside, x, weight, root, dx, also, dweight, rows, width, size,
+    PARTS: tl.constexpr, BESIDE: tl.constexpr, ALSO: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -221,6 +221,8 @@ def _rms_norm_backward(
         if BESIDE:
             given += tl.load(beside + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, given, mask=inside)
+        if ALSO:
+            tl.store(also + at, given, mask=inside)
         if WANTS_DWEIGHT:
             total += d * v
     if WANTS_DWEIGHT:
@@ -253,21 +255,31 @@ def _sum_runs(out, dy, ordered, order, length, count, width, ROWS: tl.constexpr,
     first = tl.program_id(0)
     at = tl.load(ordered + first)
     before = tl.load(ordered + first - 1, mask=first > 0, other=-1)
-    if (at < count) & (at != before):  # a run begins here
+    if (at < count) & (at != before):  # a run begins here; most are of one row
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], dtype=tl.float32)
-        start, more = first, 1
+        inside = cols < width
+        total = tl.load(dy + tl.load(order + first) * width + cols, mask=inside, other=0.0).to(tl.float32)
+        start = first + 1
+        more = 0
+        if start < length:
+            more = (tl.load(ordered + start) == at).to(tl.int32)
         while more > 0:
             place = start + tl.arange(0, ROWS)
             mine = tl.load(ordered + place, mask=place < length, other=-1) == at
             row = tl.load(order + place, mask=mine, other=0)
-            values = tl.load(
-                dy + row[:, None] * width + cols[None, :], mask=mine[:, None] & (cols < width)[None, :], other=0.0
-            )
+            values = tl.load(dy + row[:, None] * width + cols[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
             total += tl.sum(values.to(tl.float32), axis=0)
             start += ROWS
             more = tl.sum(mine.to(tl.int32), axis=0) // ROWS  # whether the run may go on
-        tl.store(out + at.to(tl.int64) * width + cols, total, mask=cols < width)
+        tl.store(out + at.to(tl.int64) * width + cols, total, mask=inside)
+
+
+@triton.jit
+def _copied_rows(x, out, rows, width, x_stride, out_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    cols = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (row < rows) & (cols < width)
+    tl.store(out + row * out_stride + cols, tl.load(x + row * x_stride + cols, mask=mask), mask=mask)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -296,10 +308,10 @@ def gated_backward(dproduct: Tensor, gate: Tensor, up: Tensor, act: str) -> tupl
     return dgate, dup, dproduct
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """See rotary.rotate; `inverse` turns back."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor | None = None) -> Tensor:
+    """See rotary.rotate; `inverse` turns back. Writes to `out`, of any strides but the last, if it is given."""
     batch, heads, seq, width = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     if out.stride(-1) != 1:  # empty_like keeps strides only of dense tensors
         out = x.new_empty(x.shape)
     cos, sin = _rows(cos), _rows(sin)
@@ -368,6 +380,16 @@ def rows_into(out: Tensor, weight: Tensor, ids: Tensor) -> None:
         _launch(_rows_into, grid, (out, weight, ids), (weight.shape[0], weight.shape[1]), BLOCK=1024)
 
 
+def copied_rows(out: Tensor, x: Tensor) -> None:
+    """out = x, both [n, w] of one dtype with rows anywhere; torch's copy of such rows takes three times as long."""
+    rows, width = x.shape
+    if x.numel():
+        block = min(1024, _power_of_2(width))
+        at_once = 4096 // block
+        grid = (_ceil(rows, at_once), _ceil(width, block))
+        _launch(_copied_rows, grid, (x, out), (rows, width, x.stride(0), out.stride(0)), ROWS=at_once, BLOCK=block)
+
+
 def sum_runs(out: Tensor, dy: Tensor, ordered: Tensor, order: Tensor) -> None:
     """out[i] = the sum of the rows of dy [n, w] at the places of `order` [n] where `ordered` [n], ascending, is i; others stay."""
     if dy.numel():
@@ -400,9 +422,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
 
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, root: Tensor, wants_dweight: bool, more: Tensor | None = None,
-    beside: Tensor | None = None,
+    beside: Tensor | None = None, also: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(dx + beside, dweight or None) of `rms_norm`, whose output's gradient is dy and the parts of `more` [p, ...]; all contiguous."""
+    """(dx + beside, dweight or None) of `rms_norm`, whose output's gradient is dy and the parts of `more` [p, ...]; all contiguous.
+
+    The first is written to `also` too.
+    """
     width, rows = x.shape[-1], root.numel()
     dx = torch.empty_like(x)
     processors = _processors(x.device.index) if x.is_cuda else 1
@@ -414,9 +439,12 @@ def rms_norm_backward(
         block = _power_of_2(width)
         _launch(
             _rms_norm_backward, (programs,),
-            (dy, dy if more is None else more, dy if beside is None else beside, x, weight, root, dx, parts), (rows, width, x.numel()),
-            PARTS=0 if more is None else more.shape[0], BESIDE=beside is not None, WANTS_DWEIGHT=wants_dweight, BLOCK=block,
-            num_warps=_warps(2 * block),
+            (
+                dy, dy if more is None else more, dy if beside is None else beside, x, weight, root, dx, dx if also is None else also,
+                parts,
+            ),
+            (rows, width, x.numel()), PARTS=0 if more is None else more.shape[0], BESIDE=beside is not None, ALSO=also is not None,
+            WANTS_DWEIGHT=wants_dweight, BLOCK=block, num_warps=_warps(2 * block),
         )  # fmt: skip
     if rows and dweight is not None:
         _launch(_column_sums, (_ceil(width, 32),), (parts, dweight), (programs, width), ROWS=64, COLS=32)

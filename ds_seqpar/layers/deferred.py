@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.addition import sum_with
 from ..kernels.dispatch import is_plain
+from .early import RowsMark
 from .handles import Handle, name_of, refuse_outside_graph
 from .region import ShardingState
 
@@ -104,7 +105,13 @@ class UnsummedRows(_Deferred):
         return handle
 
     def _gather(self) -> Tensor:
-        return sum_with(self.source, self.received, None)
+        return self._marked(sum_with(self.source, self.received, None))
+
+    def _marked(self, total: Tensor) -> Tensor:
+        mark = RowsMark.of(self.source)
+        if mark is not None:
+            mark.put(total)
+        return total
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,7 +121,7 @@ class UnsummedRows(_Deferred):
             alike = is_plain(residual) and residual.shape == rows.shape and residual.dtype == rows.dtype
             if alike and rows.is_untouched() and rows._grad_mode == torch.is_grad_enabled():
                 refuse_outside_graph(rows)
-                return sum_with(rows.source, rows.received, residual)
+                return rows._marked(sum_with(rows.source, rows.received, residual))
         if name == "dropout" and isinstance(args[0], UnsummedRows) and not _drops(*args[1:], **(kwargs or {})):
             return args[0]
         return super().__torch_function__(func, types, args, kwargs)

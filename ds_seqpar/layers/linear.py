@@ -19,10 +19,11 @@ from ..comm.collectives import all_reduce
 from ..comm.regions import gather_columns
 from ..errors import SeqParError
 from ..kernels.addition import PassedGradient
-from ..kernels.adjacent import joined, parted, reshaped
+from ..kernels.adjacent import Room, copy_rows, joined, parted, reshaped
 from ..kernels.gating import gated, gated_backward
 from ..kernels.rms_norm import rms_norm_gradients, rms_norm_into
 from .deferred import GatedProduct, NormedRows, UnsummedRows
+from .early import EarlyGatherings, RowsMark
 from .handles import Handle
 from .logits import ShardedLogits
 from .norm import Remake, remake_of
@@ -43,7 +44,8 @@ class _ColumnParallel(Function):
     backward, whose gradient is made of what the ranks sent each other. `remake` and its tensors `made_of`, if given, compute x
     again in backward, and are kept in its place. `together`: the outputs may share memory, which lives as long as any of them;
     otherwise all but the last of three or more may (queries and keys end with their rotation, values stay). What shares memory
-    is one product if its weights are adjacent. `passed`, with a norm: what else x gets is added to its gradient here.
+    is one product if its weights are adjacent. `passed`, with a norm: what else x gets is added to its gradient here. `early`, with
+    a norm: where the gradient of x is gathered as it is made, for the linear that made the rows of this mark.
     """
 
     @staticmethod
@@ -57,12 +59,13 @@ class _ColumnParallel(Function):
         remake: Remake | None,
         together: bool,
         passed: PassedGradient | None,
+        early: tuple[EarlyGatherings, RowsMark] | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:n], parameters[n:]
         # Its function alone: the node lives until the loss does, and what it is made of would live as long.
         ctx.region, ctx.n, ctx.eps, ctx.remake = region, n, eps, None if remake is None else remake.into
-        ctx.passed = passed
+        ctx.passed, ctx.early = passed, early
         ctx.shape = tuple(x.shape)
         root: Tensor | None = None
 
@@ -73,13 +76,14 @@ class _ColumnParallel(Function):
         gathering: Any = None
         if norm_weight is not None:
             gathering = region.transport.gather_made(x.view(region.rows, -1), normed, region.tokens)
-        wants_dw = any(ctx.needs_input_grad[8 : 8 + n])
+        wants_dw = any(ctx.needs_input_grad[9 : 9 + n])
         if norm_weight is not None:
             kept = [x] if wants_dw or ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else []
         else:
             kept = [] if not wants_dw else [x] if remake is None else list(remake.made_of)
         ctx.save_for_backward(*weights, norm_weight, root, *kept)
         lead = (region.batch, region.seq)
+        ctx.has_room = False
         if not region.cut:
             x = x.reshape(*lead, -1)
             return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
@@ -96,7 +100,9 @@ class _ColumnParallel(Function):
                 _product_into(y, gathering.whole(), w, b)
         gathering.release()
         if apart is not None:
-            ys[-1].view(region.tokens, -1).copy_(apart)
+            copy_rows(ys[-1].view(region.tokens, -1), apart)
+            Room.offer(products[0][0])  # the gradients of the others may leave room for the last one's
+        ctx.has_room = apart is not None
         return tuple(ys)
 
     @staticmethod
@@ -106,9 +112,11 @@ class _ColumnParallel(Function):
         dys = tuple(dy.reshape(region.tokens, dy.shape[-1]) for dy in dys)
         saved = ctx.saved_tensors  # once: a recomputed tensor can be unpacked only once
         weights, norm_weight, root, kept = saved[:n], saved[n], saved[n + 1], saved[n + 2 :]
-        wants_dw, wants_db = ctx.needs_input_grad[8 : 8 + n], ctx.needs_input_grad[8 + n :]
+        wants_dw, wants_db = ctx.needs_input_grad[9 : 9 + n], ctx.needs_input_grad[9 + n :]
         wants_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         joint_dy, joint_weight = joined(dys, 1), joined(weights, 0)
+        if joint_dy is None and ctx.has_room:
+            joint_dy = Room.filled(dys)
         if region.cut and min(d.shape[1] for d in dys) * _NARROW <= max(d.shape[1] for d in dys):
             joint_dy = torch.cat(dys, dim=1) if joint_dy is None else joint_dy
             joint_weight = torch.cat(weights, dim=0) if joint_weight is None else joint_weight
@@ -150,12 +158,24 @@ class _ColumnParallel(Function):
             wants_dnorm = ctx.needs_input_grad[1]
             own, received = scattering.addends()
             beside = None if ctx.passed is None else ctx.passed.take()
-            dx, dnorm = rms_norm_gradients(own, received, kept[0], norm_weight, root, ctx.eps, wants_dnorm, beside)
+
+            def make(memory: Tensor | None) -> Tensor:
+                nonlocal dnorm
+                given, dnorm = rms_norm_gradients(
+                    own, received, kept[0], norm_weight, root, ctx.eps, wants_dnorm, beside, memory
+                )
+                return given
+
+            if ctx.early is None:
+                dx = make(None)
+            else:
+                gatherings, mark = ctx.early
+                dx = gatherings.start(mark, region.transport, kept[0].view(region.rows, -1), region.tokens, make)
         elif scattering is not None:
             dx = scattering.wait()
         if dx is not None:
             dx = reshaped(dx, ctx.shape)
-        return dx, dnorm, None, None, None, None, None, None, *dws, *dbs
+        return dx, dnorm, None, None, None, None, None, None, None, *dws, *dbs
 
 
 def _sum_of_products(out: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
@@ -214,15 +234,21 @@ def _product_into(out: Tensor, x: Tensor, transposed: Tensor, bias: Tensor | Non
 class _RowParallel(Function):
     """[b, s, in_r] -> the region's local shape, without the bias; see RowParallelLinear.
 
-    With `act`, the input is act(x) * up, made again in backward. With `later` there are two outputs, what this rank made of its
-    rows and what it received for them, and the result is their sum; the second gets no gradient.
+    With `act`, the input is act(x) * up, made again in backward. With `later`, the mark of the rows, there are two outputs, what this
+    rank made of its rows and what it received for them, and the result is their sum; the second gets no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, up: Tensor | None, act: str | None, weight: Tensor, region: TokenRegion, later: bool
+        ctx: Any,
+        x: Tensor,
+        up: Tensor | None,
+        act: str | None,
+        weight: Tensor,
+        region: TokenRegion,
+        later: RowsMark | None,
     ) -> Any:
-        ctx.region, ctx.act, ctx.shape = region, act, x.shape
+        ctx.region, ctx.act, ctx.shape, ctx.mark = region, act, x.shape, later
         ctx.set_materialize_grads(False)  # zeros for what was received would be as large as the gradient
         ctx.save_for_backward(x if act or ctx.needs_input_grad[3] else None, up, weight)
         x = x.reshape(region.tokens, -1)
@@ -235,7 +261,7 @@ class _RowParallel(Function):
         transposed = weight.t()
         for rows, memory in scattering.parts():
             torch.mm(x[rows], transposed, out=memory)
-        if not later:
+        if later is None:
             return reshaped(scattering.wait(), shape)
         own, received = scattering.addends()
         if received is not None:
@@ -251,7 +277,10 @@ class _RowParallel(Function):
         up = None if up is None else up.reshape(region.tokens, -1)
         dy = dy.reshape(region.rows, -1)
         wants_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        gathering = region.transport.gather(dy, region.tokens) if region.cut else None
+        gathering = None
+        if region.cut:
+            gathering = None if region.early is None else region.early.take(ctx.mark, dy)
+            gathering = gathering or region.transport.gather(dy, region.tokens)
         dx = None
         if wants_dx:
             dx = dy.new_empty((region.tokens, weight.shape[1]))
@@ -303,11 +332,13 @@ def column_parallel(
         remake = remake if rows is before else None  # autocast changed it
         plain = torch.autocast(rows.device.type, enabled=False)
     with plain:
-        passed = None
+        passed = early = None
         if norm_weight is not None and rows.requires_grad and torch.is_grad_enabled():
             passed = PassedGradient()
             passed.offer(rows)
-        arguments = (rows, norm_weight, region, len(members), eps, remake, together, passed)
+            mark = RowsMark.of(rows)
+            early = None if mark is None or region.early is None else (region.early, mark)
+        arguments = (rows, norm_weight, region, len(members), eps, remake, together, passed, early)
         return list(_ColumnParallel.apply(*arguments, *parameters))  # type: ignore[no-untyped-call]
 
 
@@ -421,11 +452,13 @@ class RowParallelLinear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             x, up, weight, bias = _autocast(input, up, weight, bias)
             plain = torch.autocast(input.device.type, enabled=False)
-        later = _may_sum_later(self, region, bias)
+        later = RowsMark() if _may_sum_later(self, region, bias) else None
         with plain:
             output: Any = _RowParallel.apply(x, up, act, weight, region, later)  # type: ignore[no-untyped-call]
-        if later:
+        if later is not None:
             own, received = output
+            if own.requires_grad:
+                later.put(own)
             return UnsummedRows.of_addends(own, received, self.seqpar)  # type: ignore[no-any-return]
         if not region.cut and self.seqpar.block_forked:
             self.seqpar.block_forked = False

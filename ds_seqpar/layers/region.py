@@ -26,6 +26,7 @@ from ..comm.tokens import rows_per_rank
 from ..errors import SeqParError
 from ..groups import ParallelGroups
 from ..plan.report import ParameterEntry
+from .early import EarlyGatherings
 from .guard import InputGuard
 from .partial import PartialGradients
 from .random import ParallelRandom
@@ -41,6 +42,7 @@ class TokenRegion:
     linear's input stays this rank's part, because the gather that the input came from sums it.
     `together`: see PartialGradients.together. `apart`: see ShardingState; a recompute groups linears as its forward did.
     `watched`: ids of modules whose hooks see plain tensors, see layers/models.py; of the forward's start, so that a recompute repeats it.
+    `early`: gradients whose gathering starts where they are made.
     """
 
     batch: int
@@ -52,6 +54,7 @@ class TokenRegion:
     together: Mapping[int, Tensor] | None = field(default=None, compare=False, repr=False)
     apart: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
     watched: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
+    early: EarlyGatherings | None = field(default=None, compare=False, repr=False)
 
     @property
     def transport(self) -> Exchange:
@@ -123,6 +126,7 @@ class ShardingState:
         frozenset()
     )  # ids of column-parallel linears that their block feeds with something else than its input
     materialised: Counter[str] = field(default_factory=Counter)
+    early: EarlyGatherings = field(default_factory=EarlyGatherings)
     entries: dict[int, ParameterEntry] = field(
         default_factory=dict
     )  # by id: wrappers rename parameters, and unwrap them
@@ -145,8 +149,9 @@ class ShardingState:
         cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
         sums = self.partial.together() if together else None
         return TokenRegion(
-            batch, seq, cut, self.groups, self.exchange, together=sums, apart=self.apart, watched=watched
-        )
+            batch, seq, cut, self.groups, self.exchange,
+            together=sums, apart=self.apart, watched=watched, early=self.early,
+        )  # fmt: skip
 
     @contextmanager
     def within(self, region: TokenRegion | None) -> Iterator[None]:

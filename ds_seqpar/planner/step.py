@@ -1,6 +1,6 @@
 """One training step of a model, traced: builds it from its config without weights, shards it as the injection does, runs it.
 
-Only layers that differ are run, each kind at most twice; the model is put together again from the kinds' figures.
+Only layers that differ are run, each kind at most twice, and the last; the model is put together again from their figures.
 """
 
 from __future__ import annotations
@@ -47,10 +47,15 @@ class LayerKinds:
     kept: tuple[int, ...]
 
     def representative(self, layer: int, kept_kinds: tuple[int, ...]) -> int:
-        """Which traced layer stands for `layer`: the first of its kind for the first, the last traced one for the others."""
+        """Which traced layer stands for `layer`: the first of its kind for the first, the last for the last, the second for the others.
+
+        A layer's backward does a part of what the layer below needs, so the last one has more to do.
+        """
         kind = self.of[layer]
         alike = [i for i, k in enumerate(kept_kinds) if k == kind]
-        return alike[0] if layer == self.of.index(kind) else alike[-1]
+        if layer == len(self.of) - 1:
+            return alike[-1]
+        return alike[0] if layer == self.of.index(kind) else alike[1]
 
 
 @dataclass
@@ -236,7 +241,7 @@ def _prune(model: Any, key: SeqParConfig, every_layer: bool) -> LayerKinds:
     signatures = [_signature(model, f"{parent}.{i}", i, len(numbers)) for i in numbers]
     first: dict[Any, int] = {}
     of = tuple(first.setdefault(s, len(first)) for s in signatures)
-    kept = tuple(i for i in numbers if every_layer or of[:i].count(of[i]) < 2)
+    kept = tuple(i for i in numbers if every_layer or of[:i].count(of[i]) < 2 or i == numbers[-1])
     with_layers(model, {parent: list(kept)})
     return LayerKinds(of, kept)
 

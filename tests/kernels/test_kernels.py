@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, gelu, silu
 
 from ds_seqpar.kernels import cross_entropy as ce
 from ds_seqpar.kernels.addition import sum_into, sum_with
+from ds_seqpar.kernels.adjacent import copy_rows
 from ds_seqpar.kernels.dispatch import runs_fused
 from ds_seqpar.kernels.gating import gated, gated_backward, known_activation
 from ds_seqpar.kernels.lookup import rows_into, sums_of_rows
@@ -85,6 +86,15 @@ def test_sums_of_the_rows_of_an_id(device, width, dtype):
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtype is torch.float32 else once
     torch.testing.assert_close(found.double(), wanted, **tolerance)
     assert torch.equal(found, sums_of_rows(dy, ids, count))
+
+
+@pytest.mark.parametrize("width", [3, 8, 1030])
+def test_copies_of_rows_that_lie_apart(device, width):
+    x = _randn(7, 2000, device=device)
+    out = torch.full((7, 1100), 5.0, device=device)
+    copy_rows(out[:, 1 : 1 + width], x[:, 4 : 4 + width])
+    assert torch.equal(out[:, 1 : 1 + width], x[:, 4 : 4 + width])
+    assert bool((out[:, 0] == 5.0).all()) and bool((out[:, 1 + width :] == 5.0).all())
 
 
 @pytest.mark.parametrize("width", [8, 1030])

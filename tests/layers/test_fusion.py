@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from models import device as device_of_tests
@@ -15,7 +17,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ds_seqpar.kernels.addition import PassedGradient
-from ds_seqpar.layers import attention, rotary
+from ds_seqpar.layers import attention, linear, rotary
+from ds_seqpar.layers.early import EarlyGatherings, RowsMark
 from ds_seqpar.layers.norm import rms_norm_epsilon
 
 
@@ -169,6 +172,92 @@ def _odd_backwards() -> list[str]:
 def test_a_gradient_past_a_block_is_never_lost():
     for wrong in run_ranks(2, _odd_backwards):
         assert wrong == []
+
+
+def _gathered_early(family: str) -> tuple[int, int, int]:
+    """Gathers that the node which made the gradient started, and those of them that a linear took, over a step; layers."""
+    from sharding import twins
+
+    started, taken = [], []
+    start, take = EarlyGatherings.start, EarlyGatherings.take
+
+    def counting_take(self, mark, dy):
+        found = take(self, mark, dy)
+        taken.append(found is not None)
+        return found
+
+    EarlyGatherings.start = lambda self, *args: (started.append(1), start(self, *args))[1]
+    EarlyGatherings.take = counting_take
+    model, _ = twins(family, dtype=torch.float32, **WITHOUT_BIAS if family == "llama" else {})
+    ids = torch.arange(8, device=device_of_tests()).view(1, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    return len(started), sum(taken), model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("family", "fused"), [("llama", True), ("qwen3", True), ("olmo2", False), ("gpt2", False)])
+def test_gradients_of_rows_are_gathered_where_they_are_made(family, fused):
+    for started, taken, layers in run_ranks(2, _gathered_early, family):
+        # All but the last, which the model's last norm takes.
+        assert started == taken == (2 * layers - 1 if fused else 0)
+
+
+class _Transport:
+    """Notes what is gathered and let go."""
+
+    def __init__(self):
+        self.log = []
+
+    def gather_made(self, like, make, tokens):
+        memory = torch.zeros_like(like)
+        make(memory)
+        self.log.append(memory)
+        return types.SimpleNamespace(release=lambda: self.log.append("released"), memory=memory)
+
+
+def test_only_the_gradient_that_was_made_is_taken_for_gathered():
+    gatherings, transport = EarlyGatherings(), _Transport()
+
+    def started(mark):
+        def make(memory):
+            memory.fill_(3.0)
+            return torch.full((1, 4, 2), 3.0)
+
+        transport.log.clear()
+        return gatherings.start(mark, transport, torch.zeros(4, 2), 8, make)
+
+    mark = RowsMark()
+    dy = started(mark)
+    assert gatherings.take(None, dy) is gatherings.take(RowsMark(), dy) is None
+    assert bool((gatherings.take(mark, dy.view(4, 2)).memory == 3.0).all()) and gatherings.take(mark, dy) is None
+    assert "released" not in transport.log
+    for changed in (lambda dy: dy.clone(), lambda dy: dy.mul_(2.0), lambda dy: dy[:, :2]):
+        dy = started(mark)
+        assert gatherings.take(mark, changed(dy)) is None and transport.log[-1] == "released"
+    started(mark)
+    log = list(transport.log)
+    started(RowsMark())  # of a pass that ended before it was asked for
+    assert transport.log[0] == "released" and log[-1] != "released"
+
+
+def _room() -> int:
+    """How often a backward pass joins gradients by a copy."""
+    from sharding import twins
+
+    model, _ = twins("llama", dtype=torch.float32, **WITHOUT_BIAS)
+    ids = torch.arange(8, device=device_of_tests()).view(1, 8)
+    loss = model(input_ids=ids, labels=ids).loss
+    joins: list[int] = []
+    cat = linear.torch.cat
+    linear.torch = types.SimpleNamespace(**{**vars(torch), "cat": lambda *a, **k: (joins.append(1), cat(*a, **k))[1]})
+    loss.backward()
+    linear.torch = torch
+    assert model.model.layers[0].self_attn.v_proj.weight.grad.abs().sum() > 0
+    return len(joins)
+
+
+def test_gradients_of_queries_keys_and_values_lie_side_by_side():
+    for joins in run_ranks(2, _room):
+        assert joins == 0
 
 
 def _remarks() -> list[str]:

@@ -135,7 +135,8 @@ def rows(
     return _rows_of([f"2026-11-23_h200x2_{name}" for name in of], arms)
 
 
-NEW_RUNS = ("2026-11-28_h100x2_compare",)  # since gradients of one data-parallel rank stay where they are made
+NEW_RUNS = {"h100": "2026-11-28_h100x2_compare", "h200": "2026-11-28_h200x2_compare"}
+"""By the GPU: since gradients of one data-parallel rank stay where they are made."""
 H100_RUNS = ("h100x2_compare", "h100x2_all_arms", "h100x4_compare", "h100x4_second_compare")
 
 
@@ -145,8 +146,8 @@ def h100_rows(*arms: str, of: tuple[str, ...] = H100_RUNS) -> list[dict[str, Any
 
 
 def new_rows(*arms: str) -> list[dict[str, Any]]:
-    """Of the comparison on two H100 with the code as it is."""
-    return _rows_of(list(NEW_RUNS), arms)
+    """Of the comparisons on two GPUs with the code as it is; `rates` names the GPU."""
+    return [row | {"rates": gpu} for gpu, name in NEW_RUNS.items() for row in _rows_of([name], arms)]
 
 
 def _rows_of(names: list[str], arms: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -209,17 +210,17 @@ def test_memory_of_gpu_runs_is_predicted(row: dict[str, Any]) -> None:
 
 def case_of(row: dict[str, Any]) -> str:
     """Such as seqpar-8192-none-tp2-dp1-zero1."""
-    return f"{_case(row)}-tp{row['tp']}-dp{row['ranks'] // row['tp']}-zero{row['zero']}"
+    return f"{_case(row)}-tp{row['tp']}-dp{row['ranks'] // row['tp']}-zero{row['zero']}{row.get('rates', '')}"
 
 
-@pytest.mark.parametrize("row", new_rows("seqpar", "seqpar_loop"), ids=case_of)
+@pytest.mark.parametrize("row", new_rows("seqpar", "seqpar_loop", "seqpar_tp_only"), ids=case_of)
 def test_memory_where_gradients_stay_in_place_is_predicted(row: dict[str, Any]) -> None:
-    trace = trace_of(row["layers"], row["tokens"], row["recompute"], True, row["tp"])
-    memory = estimate(trace, Zero(stage=row["zero"] if row["arm"] == "seqpar" else 0), dp_size=1)
+    trace = trace_of(row["layers"], row["tokens"], row["recompute"], row["arm"] != "seqpar_tp_only", row["tp"])
+    memory = estimate(trace, Zero(stage=row["zero"] if row["arm"] in ENGINE else 0), dp_size=1)
     assert memory.held_bytes / GIB == pytest.approx(row["held_gib"], rel=0.002)
     assert memory.static / GIB == pytest.approx(row["static_gib"], rel=0.01)
     assert memory.peak / GIB == pytest.approx(row["peak_gib"], rel=0.03)
-    if row["arm"] == "seqpar":
+    if row["arm"] in ENGINE:
         assert max(memory.peak, memory.peak_step) / GIB == pytest.approx(row["peak_step_gib"], rel=0.03)
 
 

@@ -61,13 +61,27 @@ def test_step_times_of_two_and_four_h100_are_predicted(row: dict[str, Any]) -> N
         assert time.total == pytest.approx(row["step_ms"], rel=off)
 
 
-@pytest.mark.parametrize("row", new_rows("seqpar", "seqpar_loop"), ids=case_of)
+NEW = new_rows("seqpar", "seqpar_loop", "seqpar_tp_only")
+
+
+@pytest.mark.parametrize("row", NEW, ids=case_of)
 def test_step_times_of_the_code_as_it_is_are_predicted(row: dict[str, Any]) -> None:
-    """Nothing of this run is in the rates."""
-    time = _predicted(row, load_rates("h100"))
+    """Nothing of these runs is in the rates."""
+    time = _predicted(row, load_rates(row["rates"]))
     assert time.forward_backward == pytest.approx(row["fwd_bwd_ms"], rel=0.08)
     if row["arm"] in ENGINE:
         assert time.total == pytest.approx(row["step_ms"], rel=0.08)
+
+
+@pytest.mark.parametrize("row", [row for row in NEW if row["rates"] == "h200"], ids=case_of)
+def test_step_times_are_predicted_by_what_was_calibrated_there(row: dict[str, Any]) -> None:
+    """`calibrate` on the machine of the run, the host on a rank of two included."""
+    rates = load_rates(str(RESULTS / "2026-11-28_h200x2_calibrate.json"))
+    assert "the host's launches" in rates.source.split(";")[0]
+    time = _predicted(row, rates)
+    assert time.forward_backward == pytest.approx(row["fwd_bwd_ms"], rel=0.05)
+    if row["arm"] in ENGINE:
+        assert time.total == pytest.approx(row["step_ms"], rel=0.05)
 
 
 def test_the_step_time_of_32_layers_is_predicted() -> None:
