@@ -64,21 +64,25 @@ class Room:
     """
 
     _MOST = 64
-    _known: ClassVar[dict[int, int]] = {}  # storage -> width; an entry may be of a storage that is no more
+    _known: ClassVar[dict[int, tuple[int, int, int]]] = {}  # storage -> width, address, bytes
 
     @classmethod
     def offer(cls, whole: Tensor) -> None:
         """Of contiguous whole [n, width]: what begins at its first column and does not reach its last may be added to."""
-        if len(cls._known) >= cls._MOST:
+        if len(cls._known) >= cls._MOST:  # of memory that nobody asked for
             cls._known.clear()
-        cls._known[whole.untyped_storage()._cdata] = whole.shape[1]
+        storage = whole.untyped_storage()
+        cls._known[storage._cdata] = whole.shape[1], storage.data_ptr(), storage.nbytes()
 
     @classmethod
     def beside(cls, *parts: Tensor) -> int | None:
         """The width of the memory that all `parts` lie in, if room beside them was offered. To be asked once."""
-        storages = {part.untyped_storage()._cdata for part in parts}
-        found = [cls._known.pop(storage, None) for storage in storages]
-        return found[0] if len(found) == 1 else None
+        storages = {storage._cdata: storage for storage in (part.untyped_storage() for part in parts)}
+        found = [(cls._known.pop(key, None), storage) for key, storage in storages.items()]
+        (known, storage), *others = found
+        if known is None or others or known[1:] != (storage.data_ptr(), storage.nbytes()):
+            return None
+        return known[0]
 
     @classmethod
     def filled(cls, parts: Sequence[Tensor]) -> Tensor | None:
