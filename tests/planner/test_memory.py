@@ -135,8 +135,12 @@ def rows(
     return _rows_of([f"2026-11-23_h200x2_{name}" for name in of], arms)
 
 
-NEW_RUNS = {"h100": "2026-11-28_h100x2_compare", "h200": "2026-11-28_h200x2_compare"}
-"""By the GPU: since gradients of one data-parallel rank stay where they are made."""
+NEW_RUNS = {
+    "2026-11-28_h100x2_compare": "h100",
+    "2026-11-28_h200x2_compare": "h200",
+    "2026-11-28_h200x2_second_compare": "h200",
+}
+"""Run -> GPU; since gradients of one data-parallel rank stay where they are made."""
 H100_RUNS = ("h100x2_compare", "h100x2_all_arms", "h100x4_compare", "h100x4_second_compare")
 
 
@@ -146,8 +150,8 @@ def h100_rows(*arms: str, of: tuple[str, ...] = H100_RUNS) -> list[dict[str, Any
 
 
 def new_rows(*arms: str) -> list[dict[str, Any]]:
-    """Of the comparisons on two GPUs with the code as it is; `rates` names the GPU."""
-    return [row | {"rates": gpu} for gpu, name in NEW_RUNS.items() for row in _rows_of([name], arms)]
+    """Of the comparisons on two GPUs with the code as it is; `rates` names the GPU, `run` the file."""
+    return [row | {"rates": gpu, "run": name} for name, gpu in NEW_RUNS.items() for row in _rows_of([name], arms)]
 
 
 def _rows_of(names: list[str], arms: tuple[str, ...]) -> list[dict[str, Any]]:

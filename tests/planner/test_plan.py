@@ -73,7 +73,7 @@ def test_step_times_of_the_code_as_it_is_are_predicted(row: dict[str, Any]) -> N
         assert time.total == pytest.approx(row["step_ms"], rel=0.08)
 
 
-@pytest.mark.parametrize("row", [row for row in NEW if row["rates"] == "h200"], ids=case_of)
+@pytest.mark.parametrize("row", [row for row in NEW if row["run"] == "2026-11-28_h200x2_compare"], ids=case_of)
 def test_step_times_are_predicted_by_what_was_calibrated_there(row: dict[str, Any]) -> None:
     """`calibrate` on the machine of the run, the host on a rank of two included."""
     rates = load_rates(str(RESULTS / "2026-11-28_h200x2_calibrate.json"))
