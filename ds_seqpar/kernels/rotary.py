@@ -36,7 +36,8 @@ def _lies_in_rows_of(width: int, x: Tensor) -> bool:
     """Whether x [b, n, s, d] is columns of a memory [b*s, width]."""
     _, heads, seq, d = x.shape
     last = x.storage_offset() + (heads - 1) * x.stride(1) + d
-    return (x.stride(0), x.stride(2), x.stride(3)) == (seq * width, width, 1) and last <= width
+    apart = heads == 1 or x.stride(1) >= d
+    return (x.stride(0), x.stride(2), x.stride(3)) == (seq * width, width, 1) and apart and last <= width
 
 
 class _Rotate(Function):

@@ -394,7 +394,7 @@ def sum_runs(out: Tensor, dy: Tensor, ordered: Tensor, order: Tensor) -> None:
     """out[i] = the sum of the rows of dy [n, w] at the places of `order` [n] where `ordered` [n], ascending, is i; others stay."""
     if dy.numel():
         grid = (dy.shape[0], _ceil(dy.shape[1], 512))
-        _launch(_sum_runs, grid, (out, dy, ordered, order), (*dy.shape[:1], *out.shape), ROWS=8, BLOCK=512)
+        _launch(_sum_runs, grid, (out, dy, ordered, order), (*dy.shape[:1], *out.shape), ROWS=16, BLOCK=512)
 
 
 def sum_parts(own: Tensor, received: Tensor | None, residual: Tensor | None, out: Tensor) -> None:

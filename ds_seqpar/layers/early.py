@@ -41,7 +41,10 @@ class _Started:
 
 
 class EarlyGatherings:
-    """Of one model: at most one is under way. All ranks make the same calls in the same order."""
+    """Of one model: at most one is under way. All ranks make the same calls in the same order.
+
+    So nothing that a rank's values decide may come between: rows with a hook of the user's are not marked for this.
+    """
 
     def __init__(self) -> None:
         self._started: _Started | None = None
@@ -58,7 +61,7 @@ class EarlyGatherings:
 
         `like` is of memory's shape, dtype and device.
         """
-        self._let_go()  # of a backward pass that did not reach the linear
+        self.let_go()  # of a backward pass that did not reach the linear
         made: list[Tensor] = []
         gathering = transport.gather_made(like, lambda memory: made.append(make(memory)), tokens)
         (gradient,) = made
@@ -74,17 +77,22 @@ class EarlyGatherings:
         if started is None or mark is None or started.mark is not mark:
             return None
         gradient = started.gradient
-        same = dy.data_ptr() == gradient.data_ptr() and dy.numel() == gradient.numel() and dy.is_contiguous()
+        same = _place(dy) == _place(gradient) and dy.numel() == gradient.numel() and dy.is_contiguous()
         if same and started.task == _task() and gradient._version == started.version:
             self._started = None
             return started.gathering
-        self._let_go()
+        self.let_go()
         return None
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Gives back what was gathered and not taken."""
         if self._started is not None:
             self._started.gathering.release()
             self._started = None
+
+
+def _place(x: Tensor) -> Any:
+    return x.untyped_storage()._cdata, x.storage_offset()
 
 
 def _task() -> Any:

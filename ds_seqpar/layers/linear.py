@@ -166,7 +166,9 @@ class _ColumnParallel(Function):
                 )
                 return given
 
-            if ctx.early is None:
+            if (
+                ctx.early is None or beside is None
+            ):  # autograd would add the residual's gradient: not what the linear gets
                 dx = make(None)
             else:
                 gatherings, mark = ctx.early
@@ -336,7 +338,7 @@ def column_parallel(
         if norm_weight is not None and rows.requires_grad and torch.is_grad_enabled():
             passed = PassedGradient()
             passed.offer(rows)
-            mark = RowsMark.of(rows)
+            mark = None if rows._backward_hooks else RowsMark.of(rows)
             early = None if mark is None or region.early is None else (region.early, mark)
         arguments = (rows, norm_weight, region, len(members), eps, remake, together, passed, early)
         return list(_ColumnParallel.apply(*arguments, *parameters))  # type: ignore[no-untyped-call]

@@ -146,6 +146,7 @@ class ShardingState:
         without gradients, single-token decoding runs as plain tensor parallelism. `together`: the gradients of norms may be
         summed in one backward node of the whole forward, which is wrong where layers have backward passes of their own.
         """
+        self.early.let_go()
         cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
         sums = self.partial.together() if together else None
         return TokenRegion(

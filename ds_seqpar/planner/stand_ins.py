@@ -199,7 +199,7 @@ def as_on_gpu(tracker: Tracker) -> Iterator[None]:
 
 
 class OwnMemory(SymmetricMemory):
-    """For a rank alone on a real GPU: its own memory in place of every peer's, and a barrier that launches `wait`.
+    """For rank 0 alone on a real GPU: this GPU's own memory in place of every peer's, and a barrier that launches `wait`.
 
     The host does what it does with peers, and the GPU copies as much, though not over the links.
     """
@@ -212,19 +212,23 @@ class OwnMemory(SymmetricMemory):
         self._wait()
 
     def _allocate(self, nbytes: int) -> Slot:
-        memory = torch.empty(-(-nbytes // GRAIN) * GRAIN, dtype=torch.uint8, device=self.stream.device)
-        self._slots.append(Slot(memory, _OwnHandle(memory)))
+        # The peers' is another: torch launches no copy from a place to itself.
+        mine, theirs = (
+            torch.empty(-(-nbytes // GRAIN) * GRAIN, dtype=torch.uint8, device=self.stream.device) for _ in range(2)
+        )
+        self._slots.append(Slot(mine, _OwnHandle(mine, theirs)))
         return self._slots[-1]
 
 
 class _OwnHandle:
     """As that of a rendezvous."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self._memory = memory
+    def __init__(self, mine: Tensor, theirs: Tensor) -> None:
+        self._mine, self._theirs = mine, theirs
 
     def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
-        return self._memory.view(dtype)[offset : offset + math.prod(shape)].view(shape)
+        memory = self._theirs if rank else self._mine
+        return memory.view(dtype)[offset : offset + math.prod(shape)].view(shape)
 
 
 @dataclass(eq=False)

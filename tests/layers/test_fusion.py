@@ -174,7 +174,7 @@ def test_a_gradient_past_a_block_is_never_lost():
         assert wrong == []
 
 
-def _gathered_early(family: str) -> tuple[int, int, int]:
+def _gathered_early(family: str, own: dict[str, bool]) -> tuple[int, int, int]:
     """Gathers that the node which made the gradient started, and those of them that a linear took, over a step; layers."""
     from sharding import twins
 
@@ -188,15 +188,21 @@ def _gathered_early(family: str) -> tuple[int, int, int]:
 
     EarlyGatherings.start = lambda self, *args: (started.append(1), start(self, *args))[1]
     EarlyGatherings.take = counting_take
-    model, _ = twins(family, dtype=torch.float32, **WITHOUT_BIAS if family == "llama" else {})
+    model, _ = twins(family, dtype=torch.float32, **own)
     ids = torch.arange(8, device=device_of_tests()).view(1, 8)
     model(input_ids=ids, labels=ids).loss.backward()
     return len(started), sum(taken), model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize(("family", "fused"), [("llama", True), ("qwen3", True), ("olmo2", False), ("gpt2", False)])
-def test_gradients_of_rows_are_gathered_where_they_are_made(family, fused):
-    for started, taken, layers in run_ranks(2, _gathered_early, family):
+@pytest.mark.parametrize(("family", "own", "fused"), [
+    ("llama", WITHOUT_BIAS, True),
+    ("qwen3", {}, True),
+    ("llama", dict(attention_bias=True, mlp_bias=False), False),  # autograd adds the gradient past the attention
+    ("olmo2", {}, False),
+    ("gpt2", {}, False),
+])  # fmt: skip
+def test_gradients_of_rows_are_gathered_where_they_are_made(family, own, fused):
+    for started, taken, layers in run_ranks(2, _gathered_early, family, own):
         # All but the last, which the model's last norm takes.
         assert started == taken == (2 * layers - 1 if fused else 0)
 
@@ -234,9 +240,37 @@ def test_only_the_gradient_that_was_made_is_taken_for_gathered():
         dy = started(mark)
         assert gatherings.take(mark, changed(dy)) is None and transport.log[-1] == "released"
     started(mark)
+    gatherings.let_go()
+    gatherings.let_go()
+    assert transport.log.count("released") == 1
+    started(mark)
     log = list(transport.log)
     started(RowsMark())  # of a pass that ended before it was asked for
     assert transport.log[0] == "released" and log[-1] != "released"
+
+
+def _hooked() -> tuple[int, float]:
+    """Gathers started early where a hook on a layer's output doubles its gradient, and how far the embedding's gradient is off."""
+    from sharding import full_gradients, relative_error, twins
+
+    started = []
+    start = EarlyGatherings.start
+    EarlyGatherings.start = lambda self, *args: (started.append(1), start(self, *args))[1]
+    model, reference = twins("llama", dtype=torch.float64, **WITHOUT_BIAS)
+    ids = torch.arange(8, device=device_of_tests()).view(1, 8)
+    for m in (model, reference):
+        for layer in m.model.layers:
+            layer.register_forward_hook(lambda module, args, out: out.register_hook(lambda g: 2 * g) and None)
+        m(input_ids=ids, labels=ids).loss.backward()
+    mine = full_gradients(model)
+    off = max(relative_error(mine[name], p.grad) for name, p in reference.named_parameters())
+    return len(started), float(off)
+
+
+def test_a_hook_on_rows_is_heard_and_its_ranks_stay_together():
+    for started, off in run_ranks(2, _hooked):
+        assert off < 1e-6
+        assert started < 3  # not for the outputs of the layers
 
 
 def _room() -> int:
