@@ -454,6 +454,8 @@ class _Injection:
         for column in columns:
             column.siblings = siblings if column in siblings else ()  # type: ignore[assignment]
             column.outputs_live_together = not block.has_heads  # type: ignore[assignment]
+            # A norm of queries and keys would keep what they share memory with.
+            column.outputs_are_short_lived = block.has_heads and not _has_norms(module)  # type: ignore[assignment]
         if siblings and all(type(c) is ColumnParallelLinear for c in siblings):
             lay_side_by_side([c.weight for c in siblings])  # type: ignore[misc]
         if (
@@ -502,6 +504,10 @@ def _known_activation(module: nn.Module) -> str | None:
         return known_activation(module)
     except (RuntimeError, TypeError, ValueError):
         return None
+
+
+def _has_norms(module: nn.Module) -> bool:
+    return any("norm" in type(m).__name__.lower() for m in module.modules())
 
 
 def _first_argument(module: nn.Module) -> str:

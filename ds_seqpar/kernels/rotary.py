@@ -6,6 +6,7 @@ Source: Su et al. 2021, arXiv:2104.09864, in the half-split layout of Hugging Fa
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,10 @@ class _Rotate(Function):
     def forward(ctx: Any, cos: Tensor, sin: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         width = Room.beside(*xs)
-        ctx.width = width if width is not None and all(_lies_in_rows_of(width, x) for x in xs) else None
+        ends = sorted((x.storage_offset(), x.storage_offset() + x.shape[1] * x.stride(1)) for x in xs)
+        disjoint = all(end <= start for (_, end), (start, _) in pairwise(ends))
+        fits = width is not None and disjoint and all(_lies_in_rows_of(width, x) for x in xs)
+        ctx.width = width if fits else None
         ctx.layouts = [(x.shape, x.stride(), x.storage_offset()) for x in xs]
         return tuple(_rotated(x, cos, sin, False) for x in xs)
 

@@ -43,7 +43,7 @@ class _Started:
 class EarlyGatherings:
     """Of one model: at most one is under way. All ranks make the same calls in the same order.
 
-    So nothing that a rank's values decide may come between: rows with a hook of the user's are not marked for this.
+    What a hook makes of a gradient may be one rank's own, so where any rank has hooks on modules there is none of this.
     """
 
     def __init__(self) -> None:
@@ -87,6 +87,7 @@ class EarlyGatherings:
     def let_go(self) -> None:
         """Gives back what was gathered and not taken."""
         if self._started is not None:
+            self._started.gathering.whole()
             self._started.gathering.release()
             self._started = None
 

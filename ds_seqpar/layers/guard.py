@@ -27,17 +27,21 @@ class InputGuard:
     def __init__(self, groups: ParallelGroups) -> None:
         self._groups = groups
         self._late: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
+        self.any_hooked = False  # whether any rank was in the last check
 
-    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, seeds: bool) -> int:
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, seeds: bool, hooked: bool = False) -> int:
         """Raises DataMismatchError on every rank if any rank's inputs differ; returns a seed equal on all ranks.
 
-        `seeds`: whether the seed is wanted; it is made of the default generator's state on the group's first rank.
+        `seeds`: whether the seed is wanted; it is made of the default generator's state on the group's first rank. `hooked`: whether
+        hooks of this rank see the model's modules, see `any_hooked`.
         """
         self._check_late()
         inputs = {f"argument {i}": x for i, x in enumerate(args)} | dict(kwargs)
         inputs |= {"the training mode": seeds, "the gradient mode": torch.is_grad_enabled()}
         prints = {name: _fingerprint(x) for name, x in sorted(inputs.items())}
-        mine = torch.tensor([zlib.crc32(repr(prints).encode()), seed_of_state() if seeds else 0], dtype=torch.int64)
+        mine = torch.tensor(
+            [zlib.crc32(repr(prints).encode()), seed_of_state() if seeds else 0, int(hooked)], dtype=torch.int64
+        )
         everyone = [torch.empty_like(mine) for _ in range(self._groups.tp_size)]
         agreed = dist.all_gather(everyone, mine, group=self._groups.tp_cpu_group, async_op=True)
         on_gpu = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.is_cuda}
@@ -45,6 +49,7 @@ class InputGuard:
         agreed.wait()
         if any(int(theirs[0]) != int(everyone[0][0]) for theirs in everyone):
             raise DataMismatchError(self._explain(prints))
+        self.any_hooked = any(int(theirs[2]) for theirs in everyone)
         if hashes is not None:
             self._start_late(hashes, list(on_gpu))
         return int(everyone[0][1])

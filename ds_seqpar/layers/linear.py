@@ -42,10 +42,11 @@ class _ColumnParallel(Function):
 
     With `norm_weight` [h] the input is x's RMS norm with it and `eps`, written where the peers read it from and made again in
     backward, whose gradient is made of what the ranks sent each other. `remake` and its tensors `made_of`, if given, compute x
-    again in backward, and are kept in its place. `together`: the outputs may share memory, which lives as long as any of them;
-    otherwise all but the last of three or more may (queries and keys end with their rotation, values stay). What shares memory
-    is one product if its weights are adjacent. `passed`, with a norm: what else x gets is added to its gradient here. `early`, with
-    a norm: where the gradient of x is gathered as it is made, for the linear that made the rows of this mark.
+    again in backward, and are kept in its place. `sharing`: whether the outputs may share memory, which lives as long as any of them;
+    otherwise all but the last of three or more may (queries and keys end with their rotation, values stay), and whether these end so
+    soon that they may hold the last one's columns, too. What shares memory is one product if its weights are adjacent. `passed`, with
+    a norm: what else x gets is added to its gradient here. `early`, with a norm: where the gradient of x is gathered as it is made,
+    for the linear that made the rows of this mark.
     """
 
     @staticmethod
@@ -57,7 +58,7 @@ class _ColumnParallel(Function):
         n: int,
         eps: float,
         remake: Remake | None,
-        together: bool,
+        sharing: tuple[bool, bool],
         passed: PassedGradient | None,
         early: tuple[EarlyGatherings, RowsMark] | None,
         *parameters: Tensor | None,
@@ -87,7 +88,7 @@ class _ColumnParallel(Function):
         if not region.cut:
             x = x.reshape(*lead, -1)
             return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
-        ys, products, apart = _outputs(x, weights, biases, lead, together)  # type: ignore[arg-type]
+        ys, products, apart = _outputs(x, weights, biases, lead, *sharing)  # type: ignore[arg-type]
         widest = max(y.shape[1] for y, _, _ in products)
         if gathering is None:
             gathering = region.transport.gather(x.reshape(region.rows, -1), region.tokens)
@@ -195,17 +196,22 @@ Product = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _outputs(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lead: tuple[int, int], together: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lead: tuple[int, int],
+    together: bool,
+    copied: bool,
 ) -> tuple[list[Tensor], list[Product], Tensor | None]:
     """Memory for the outputs [b, s, out_r], the products that fill it, and what is to be copied to the last output then.
 
-    Outputs that may share memory are one product if their weights are adjacent. Where the last may not and is narrow, it is part of
-    the product too, and copied: a product of its own would take longer.
+    Outputs that may share memory are one product if their weights are adjacent. With `copied`, where the last may not and is narrow,
+    it is part of the product too, and copied: a product of its own would take longer.
     """
     n, tokens = len(weights), lead[0] * lead[1]
     widths = [w.shape[0] for w in weights]
     shared = n if together else n - 1 if n > 2 else 0
-    copied = shared == n - 1 and widths[-1] * _NARROW <= max(widths)
+    copied = copied and shared == n - 1 and widths[-1] * _NARROW <= max(widths)
     ys: list[Tensor] = []
     products: list[Product] = []
     apart = None
@@ -320,7 +326,9 @@ def column_parallel(
 ) -> list[Tensor]:
     """Outputs [b, s, out_r] of all members from one gather of `rows` (in `region.local_shape`), which `remake` computes again."""
     parameters = [*(m.weight for m in members), *(m.bias for m in members)]
-    together = all(m.outputs_live_together for m in members if isinstance(m, ColumnParallelLinear))
+    columns = [m for m in members if isinstance(m, ColumnParallelLinear)]
+    together = all(m.outputs_live_together for m in columns)
+    copied = not together and all(m.outputs_are_short_lived for m in columns)
     autocast = torch.is_autocast_enabled(rows.device.type)
     norm_weight, eps = None, 0.0
     if isinstance(rows, NormedRows) and not autocast:
@@ -338,9 +346,10 @@ def column_parallel(
         if norm_weight is not None and rows.requires_grad and torch.is_grad_enabled():
             passed = PassedGradient()
             passed.offer(rows)
-            mark = None if rows._backward_hooks else RowsMark.of(rows)
+            mark = RowsMark.of(rows)
             early = None if mark is None or region.early is None else (region.early, mark)
-        arguments = (rows, norm_weight, region, len(members), eps, remake, together, passed, early)
+        sharing = (together, copied)
+        arguments = (rows, norm_weight, region, len(members), eps, remake, sharing, passed, early)
         return list(_ColumnParallel.apply(*arguments, *parameters))  # type: ignore[no-untyped-call]
 
 
@@ -390,6 +399,7 @@ class ColumnParallelLinear(nn.Linear):
     seqpar: ShardingState
     siblings: tuple[ColumnParallelLinear, ...] = ()
     outputs_live_together: bool = False  # its siblings' outputs are kept for backward as long as its own
+    outputs_are_short_lived: bool = False  # none but the last sibling's is kept
 
     def as_linear(self) -> Any:
         """What the grouped computation takes the weight [out_r, in] and the bias from."""

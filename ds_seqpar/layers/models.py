@@ -56,13 +56,18 @@ class _Guarded:
                 count += math.prod(entries[id(parameter)].shape)
         return count
 
+    _modules_below: list[nn.Module] | None = None
+
     @contextmanager
     def _guarded(self, args: Any, kwargs: Any) -> Iterator[int]:
         state = self.seqpar
         if state.guarded_seed is not None:
             yield state.guarded_seed
             return
-        state.guarded_seed = state.guard.check(args, kwargs, seeds=self.training)  # type: ignore[attr-defined]
+        if self._modules_below is None:
+            self._modules_below = list(self.modules())[1:]  # type: ignore[attr-defined]
+        hooked = any(map(_is_watched, self._modules_below))
+        state.guarded_seed = state.guard.check(args, kwargs, seeds=self.training, hooked=hooked)  # type: ignore[attr-defined]
         try:
             yield state.guarded_seed
         finally:

@@ -151,7 +151,7 @@ class ShardingState:
         sums = self.partial.together() if together else None
         return TokenRegion(
             batch, seq, cut, self.groups, self.exchange,
-            together=sums, apart=self.apart, watched=watched, early=self.early,
+            together=sums, apart=self.apart, watched=watched, early=None if self.guard.any_hooked else self.early,
         )  # fmt: skip
 
     @contextmanager

@@ -217,7 +217,7 @@ class _Transport:
         memory = torch.zeros_like(like)
         make(memory)
         self.log.append(memory)
-        return types.SimpleNamespace(release=lambda: self.log.append("released"), memory=memory)
+        return types.SimpleNamespace(release=lambda: self.log.append("released"), whole=lambda: memory, memory=memory)
 
 
 def test_only_the_gradient_that_was_made_is_taken_for_gathered():
@@ -249,8 +249,8 @@ def test_only_the_gradient_that_was_made_is_taken_for_gathered():
     assert transport.log[0] == "released" and log[-1] != "released"
 
 
-def _hooked() -> tuple[int, float]:
-    """Gathers started early where a hook on a layer's output doubles its gradient, and how far the embedding's gradient is off."""
+def _hooked(doubling: bool) -> tuple[int, float]:
+    """Gathers started early where a hook doubles every layer's gradient, or one rank's only looks; how far gradients are off."""
     from sharding import full_gradients, relative_error, twins
 
     started = []
@@ -259,18 +259,22 @@ def _hooked() -> tuple[int, float]:
     model, reference = twins("llama", dtype=torch.float64, **WITHOUT_BIAS)
     ids = torch.arange(8, device=device_of_tests()).view(1, 8)
     for m in (model, reference):
-        for layer in m.model.layers:
-            layer.register_forward_hook(lambda module, args, out: out.register_hook(lambda g: 2 * g) and None)
+        if doubling:
+            for layer in m.model.layers:
+                layer.register_forward_hook(lambda module, args, out: out.register_hook(lambda g: 2 * g) and None)
+        elif torch.distributed.get_rank() == 0:
+            m.model.layers[1].mlp.register_forward_hook(lambda module, args, out: None)
         m(input_ids=ids, labels=ids).loss.backward()
     mine = full_gradients(model)
     off = max(relative_error(mine[name], p.grad) for name, p in reference.named_parameters())
     return len(started), float(off)
 
 
-def test_a_hook_on_rows_is_heard_and_its_ranks_stay_together():
-    for started, off in run_ranks(2, _hooked):
+@pytest.mark.parametrize("doubling", [True, False])
+def test_where_a_rank_has_hooks_all_gather_late(doubling):
+    for started, off in run_ranks(2, _hooked, doubling):
         assert off < 1e-6
-        assert started < 3  # not for the outputs of the layers
+        assert started == 0
 
 
 def _room() -> int:
