@@ -123,7 +123,6 @@ class Exchange:
 
     def _decide(self, x: Tensor) -> None:
         """Whether every rank of the group can read every other's memory. Collective, once."""
-        self._decided = True
         mine = (socket.gethostname(), x.device.index if x.is_cuda else None, dist.get_backend(self._group))
         everyone: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(everyone, mine, group=self._cpu_group)
@@ -131,8 +130,7 @@ class Exchange:
         reasons: list[Any] = [None] * len(everyone)
         dist.all_gather_object(reasons, why, group=self._cpu_group)
         why = next((reason for reason in reasons if reason), None)
-        if why is None:
-            self._copy_engines = _CopyEngines(self._group, SymmetricMemory(self._group))
+        self.decide(None if why else SymmetricMemory(self._group))
         self.remark = f"collectives on their own stream ({why})" if why else "copy engines over the GPUs' peer memory"
         if self._tell is not None:
             self._tell(f"token rows travel by {self.remark}")
