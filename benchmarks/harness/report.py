@@ -165,7 +165,7 @@ def _plot(section: Section, rows: Sequence[Row], folder: Path) -> None:
         colors = ["tab:orange" if row["arm"].startswith("seqpar") else "tab:blue" for row in mine]
         for axis, (column, label) in zip(line, shown):
             bars = axis.barh(names, [row[column] for row in mine], color=colors)
-            axis.bar_label(bars, fmt="%.4g", padding=2)
+            axis.bar_label(bars, fmt=lambda value: f"{value:.4g}" if value < 1e4 else f"{value:.0f}", padding=2)
             axis.margins(x=0.15)
             axis.set_title(f"{tokens} tokens: {label}", fontsize=10)
     gpus = sorted({row.get("ranks", 2) for row in rows if row["arm"] != "unsharded"})
