@@ -40,7 +40,8 @@ from .layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from .layers.embedding import VocabParallelEmbedding
 from .layers.gating import DeferredActivation
 from .layers.guard import InputGuard
-from .layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
+from .layers.head import VocabParallelHead
+from .layers.linear import ColumnParallelLinear, RowParallelLinear
 from .layers.masking import answer_known_positions
 from .layers.models import ShardedModel, ShardedTopModel
 from .layers.norm import CutRMSNorm, FusedRMSNorm, rms_norm_epsilon

@@ -24,11 +24,12 @@ from ds_seqpar.comm.exchange import Exchange
 from ds_seqpar.comm.regions import _GatherForPartial
 from ds_seqpar.inject import _Injection
 from ds_seqpar.kernels.addition import PassedGradient
-from ds_seqpar.layers import blocks, boundaries, linear, loss, norm, partial, token_operations
+from ds_seqpar.layers import blocks, boundaries, loss, norm, partial, products, token_operations
 from ds_seqpar.layers.blocks import SummedBlock, WholeBlock
 from ds_seqpar.layers.embedding import VocabParallelEmbedding, _RowsOfVocabulary
 from ds_seqpar.layers.guard import InputGuard
-from ds_seqpar.layers.linear import RowParallelLinear, VocabParallelHead
+from ds_seqpar.layers.head import VocabParallelHead
+from ds_seqpar.layers.linear import RowParallelLinear
 from ds_seqpar.layers.loss import CausalLMLoss
 from ds_seqpar.layers.models import ShardedModel
 from ds_seqpar.layers.norm import FusedRMSNorm
@@ -294,12 +295,12 @@ def _no_up(backward: Any) -> Any:
 
 def _remade_without_norm(backward: Any) -> Any:
     def wrong(ctx: Any, *dys: Tensor) -> Any:
-        plain = linear.rms_norm_into
-        linear.rms_norm_into = lambda out, x, *_: out.copy_(x.view(out.shape))  # type: ignore[assignment]
+        plain = products.rms_norm_into
+        products.rms_norm_into = lambda out, x, *_: out.copy_(x.view(out.shape))  # type: ignore[assignment]
         try:
             return backward(ctx, *dys)
         finally:
-            linear.rms_norm_into = plain
+            products.rms_norm_into = plain
 
     return wrong
 
@@ -474,7 +475,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a tied weight is two weights", _swap(_Injection, "run", _untied)),
     Mutant("the embedding's part begins elsewhere", _start(VocabParallelEmbedding, 1), own=UNTIED),
     Mutant("the head's part begins elsewhere", _start(VocabParallelHead, -1), own=UNTIED),
-    Mutant("the backward of a block's gather is a split", _swap(linear._ColumnParallel, "backward", _scatter_as_split)),
+    Mutant("the backward of a block's gather is a split", _swap(products.ColumnParallel, "backward", _scatter_as_split)),
     Mutant("the backward of an experts' gather is a split", _in_backward(_GatherForPartial, _own_rows_only), "mixtral", own=EXPERTS),
     Mutant("the backward of the embedding's reduce-scatter keeps own rows", _swap(_RowsOfVocabulary, "backward", _own_rows_gathered)),
     Mutant("without sequence parallelism a backward reduces again", _swap(_RowsOfVocabulary, "backward", _reduced_again), key=PLAIN),
@@ -482,10 +483,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("dead rows stand at the front", _swap(tokens, "_padded", _dead_rows), "mixtral", own=EXPERTS),
     Mutant("a scaling of the embeddings is dropped", _swap(TokenShard, "_apply", lambda _: _unscaled), "granite"),
     Mutant("a norm has another epsilon", _swap(_Injection, "_fuse_norms", _other_epsilon)),
-    Mutant("a product's up factor has no gradient", _swap(linear, "gated_backward", _no_up)),
+    Mutant("a product's up factor has no gradient", _swap(products, "gated_backward", _no_up)),
     Mutant("what rows get by their way past a block is lost", _swap(PassedGradient, "put", lambda _: _forgotten),
         own=dict(attention_bias=False, mlp_bias=False)),
-    Mutant("a norm's output is made again without the norm", _swap(linear._ColumnParallel, "backward", _remade_without_norm)),
+    Mutant("a norm's output is made again without the norm", _swap(products.ColumnParallel, "backward", _remade_without_norm)),
     Mutant("one rank scales its attention otherwise", _swap(_Injection, "_local_counts", _groups_wrong)),
     Mutant("a cut norm's mean has no gradient from other ranks", _swap(norm, "copy_for_partial", _identity), "olmo2"),
     Mutant("a router's input is not shared out", _swap(blocks, "share_of_replicated", _identity), "mixtral", own=EXPERTS),

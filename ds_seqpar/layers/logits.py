@@ -18,7 +18,7 @@ from .region import TokenRegion
 from .token_operations import ARITHMETIC
 
 if TYPE_CHECKING:
-    from .linear import VocabParallelHead
+    from .head import VocabParallelHead
 
 __all__ = ["ShardedLogits"]
 

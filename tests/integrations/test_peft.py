@@ -263,10 +263,10 @@ def test_a_frozen_base_keeps_no_input_for_its_weights_gradients() -> None:
     norms = [shard] * (
         2 * layers - 1
     )  # inputs of the norms that the products are made of; the first one's gets no gradient
-    assert frozen["_ColumnParallelBackward"] == norms and frozen["_RowParallelBackward"] == gate_and_up, frozen
+    assert frozen["ColumnParallelBackward"] == norms and frozen["RowParallelBackward"] == gate_and_up, frozen
     assert frozen["_LinearCrossEntropyBackward"] == [(tokens // 2, hidden), ()], "the gradient of the hidden states"
-    assert trained["_ColumnParallelBackward"] == [shard] * 2 * layers, "that the base does when it is trained"
-    assert sorted(trained["_RowParallelBackward"]) == sorted(gate_and_up + [heads] * layers)
+    assert trained["ColumnParallelBackward"] == [shard] * 2 * layers, "that the base does when it is trained"
+    assert sorted(trained["RowParallelBackward"]) == sorted(gate_and_up + [heads] * layers)
 
 
 def _merge(folder: str, stage: int, lora: dict[str, Any]) -> None:

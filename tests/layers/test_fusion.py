@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ds_seqpar.kernels.addition import PassedGradient
-from ds_seqpar.layers import attention, linear, rotary
+from ds_seqpar.layers import attention, products, rotary
 from ds_seqpar.layers.early import EarlyGatherings, RowsMark
 from ds_seqpar.layers.norm import rms_norm_epsilon
 
@@ -285,10 +285,10 @@ def _room() -> int:
     ids = torch.arange(8, device=device_of_tests()).view(1, 8)
     loss = model(input_ids=ids, labels=ids).loss
     joins: list[int] = []
-    cat = linear.torch.cat
-    linear.torch = types.SimpleNamespace(**{**vars(torch), "cat": lambda *a, **k: (joins.append(1), cat(*a, **k))[1]})
+    cat = products.torch.cat
+    products.torch = types.SimpleNamespace(**{**vars(torch), "cat": lambda *a, **k: (joins.append(1), cat(*a, **k))[1]})
     loss.backward()
-    linear.torch = torch
+    products.torch = torch
     assert model.model.layers[0].self_attn.v_proj.weight.grad.abs().sum() > 0
     return len(joins)
 

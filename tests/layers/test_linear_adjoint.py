@@ -12,7 +12,8 @@ from ds_seqpar.comm.exchange import Exchange
 from ds_seqpar.groups import ParallelGroups
 from ds_seqpar.kernels.addition import sum_with
 from ds_seqpar.layers.early import RowsMark
-from ds_seqpar.layers.linear import _RowParallel, column_parallel
+from ds_seqpar.layers.linear import column_parallel
+from ds_seqpar.layers.products import RowParallel
 from ds_seqpar.layers.region import TokenRegion
 
 
@@ -39,7 +40,7 @@ def _adjoint(seq: int, overlap: bool) -> list[tuple[float, float]]:
     pairs.append((sum(_total(y.detach(), dy) for y, dy in zip(outputs, dys, strict=True)), _total(x.detach(), dx)))
     x, weight = draw(seq, 4).requires_grad_(), draw(6, 4)
     for later in (None, RowsMark()):
-        y = _RowParallel.apply(x, None, None, weight, region, later)
+        y = RowParallel.apply(x, None, None, weight, region, later)
         y = sum_with(*y, None) if later else y
         dy = draw(*y.shape) * alive
         (dx,) = torch.autograd.grad(y, x, dy)
