@@ -12,11 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .dispatch import fused_kernels, runs_fused
+from .dispatch import SUMMED_IN_FP32, fused_kernels, runs_fused
 
 __all__ = ["PassedGradient", "sum_into", "sum_with"]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def sum_into(own: Tensor, received: Tensor) -> Tensor:
@@ -26,7 +24,7 @@ def sum_into(own: Tensor, received: Tensor) -> Tensor:
 
 def _sum(own: Tensor, received: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
     given = [x for x in (own, received, residual) if x is not None]
-    fits = own.dtype in _DTYPES and all(x.is_contiguous() and x.dtype == own.dtype for x in given)
+    fits = own.dtype in SUMMED_IN_FP32 and all(x.is_contiguous() and x.dtype == own.dtype for x in given)
     if runs_fused(own) and fits:
         fused_kernels().sum_parts(own, received, residual, out)
         return out

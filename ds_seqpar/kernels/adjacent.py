@@ -39,7 +39,7 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
 
 
 def parted(whole: Tensor, widths: Sequence[int], lead: tuple[int, ...] | None = None) -> list[Tensor]:
-    """Columns of `whole` [n, sum(widths)] as tensors of their own over its memory: no views, so each may be changed in place.
+    """First columns of `whole` [n, sum(widths) or more] as tensors of their own over its memory: no views; each may be changed in place.
 
     `lead`: what n is made of, such as (b, s), which the parts' shapes then begin with.
     """

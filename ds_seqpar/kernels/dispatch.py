@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["fused_kernels", "is_plain", "runs_fused", "shapes_only"]
+__all__ = ["SUMMED_IN_FP32", "fused_kernels", "is_plain", "runs_fused", "shapes_only"]
+
+SUMMED_IN_FP32 = (torch.bfloat16, torch.float16, torch.float32)
+"""What the fused kernels that sum may be given: float64 would lose in them."""
 
 _shapes_only = False
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import fused_kernels, runs_fused
+from .dispatch import SUMMED_IN_FP32, fused_kernels, runs_fused
 
 __all__ = ["rows_into", "sums_of_rows"]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rows_into(out: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -28,9 +26,9 @@ def rows_into(out: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 def sums_of_rows(dy: Tensor, ids: Tensor, count: int) -> Tensor:
     """[count, w], row i the sum of the rows of dy [n, w] whose id is i; ids [n] int64 in 0 .. count, of which `count` itself is left out.
 
-    On GPUs in fp32, rounded once, in the tokens' order: the same each time.
+    On GPUs below float64 in fp32, rounded once, in the tokens' order: the same each time.
     """
-    if not (runs_fused(dy) and dy.dtype in _DTYPES and count < 2**31):
+    if not (runs_fused(dy) and dy.dtype in SUMMED_IN_FP32 and count < 2**31):
         # One row more, for what is not to be counted: torch leaves that out, and adds nothing.
         return torch.ops.aten.embedding_dense_backward(dy, ids, count + 1, count, False)[:count]  # type: ignore[no-any-return]
     ordered, order = torch.sort(ids.to(torch.int32), stable=True)

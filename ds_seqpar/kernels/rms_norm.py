@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .dispatch import fused_kernels, runs_fused
+from .dispatch import SUMMED_IN_FP32, fused_kernels, runs_fused
 
 __all__ = ["rms_norm", "rms_norm_gradients", "rms_norm_into"]
 
 _WIDEST = 16384  # a row is held in registers
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _RMSNorm(Function):
@@ -39,7 +38,7 @@ class _RMSNorm(Function):
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    alike = x.dtype == weight.dtype and x.dtype in _DTYPES
+    alike = x.dtype == weight.dtype and x.dtype in SUMMED_IN_FP32
     return runs_fused(x) and alike and x.is_contiguous() and weight.is_contiguous() and x.shape[-1] <= _WIDEST
 
 

@@ -42,7 +42,7 @@ def _lies_in_rows_of(width: int, x: Tensor) -> bool:
 
 
 class _Rotate(Function):
-    """The gradients lie in memory as the inputs do, with the room that is beside these (see Room)."""
+    """Where room beside the inputs was offered (see Room), the gradients lie in memory as these do, with such room beside them."""
 
     @staticmethod
     def forward(ctx: Any, cos: Tensor, sin: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:

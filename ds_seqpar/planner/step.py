@@ -46,16 +46,15 @@ class LayerKinds:
     of: tuple[int, ...]
     kept: tuple[int, ...]
 
-    def representative(self, layer: int, kept_kinds: tuple[int, ...]) -> int:
-        """Which traced layer stands for `layer`: the first of its kind for the first, the last for the last, the second for the others.
+    def representative(self, layer: int) -> int:
+        """Which traced layer stands for `layer`: itself, or the second of its kind.
 
-        A layer's backward does a part of what the layer below needs, so the last one has more to do.
+        The first and the last have other neighbours, and a layer's backward does a part of what the one below needs.
         """
-        kind = self.of[layer]
-        alike = [i for i, k in enumerate(kept_kinds) if k == kind]
-        if layer == len(self.of) - 1:
-            return alike[-1]
-        return alike[0] if layer == self.of.index(kind) else alike[1]
+        if layer in self.kept:
+            return self.kept.index(layer)
+        alike = [i for i, traced in enumerate(self.kept) if self.of[traced] == self.of[layer]]
+        return alike[1]
 
 
 @dataclass
@@ -113,7 +112,7 @@ class StepTrace:
         return self.segments[-1]
 
     def _index(self, layer: int) -> int:
-        return self.kinds.representative(layer, tuple(self.kinds.of[i] for i in self.kinds.kept))
+        return self.kinds.representative(layer)
 
     @property
     def num_layers(self) -> int:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, gelu, silu
 
 from ds_seqpar.kernels import cross_entropy as ce
 from ds_seqpar.kernels.addition import sum_into, sum_with
-from ds_seqpar.kernels.adjacent import copy_rows
+from ds_seqpar.kernels.adjacent import Room, copy_rows, parted
 from ds_seqpar.kernels.dispatch import runs_fused
 from ds_seqpar.kernels.gating import gated, gated_backward, known_activation
 from ds_seqpar.kernels.lookup import rows_into, sums_of_rows
@@ -88,10 +88,19 @@ def test_sums_of_the_rows_of_an_id(device, width, dtype):
     assert torch.equal(found, sums_of_rows(dy, ids, count))
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_sums_over_no_rows_are_zero(device, count):
+    ids = torch.empty(0, dtype=torch.long, device=device)
+    found = sums_of_rows(torch.empty(0, 8, device=device), ids, count)
+    assert torch.equal(found, torch.zeros(count, 8, device=device))
+
+
+@pytest.mark.parametrize("rows", [0, 7])
 @pytest.mark.parametrize("width", [3, 8, 1030])
-def test_copies_of_rows_that_lie_apart(device, width):
-    x = _randn(7, 2000, device=device)
-    out = torch.full((7, 1100), 5.0, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_copies_of_rows_that_lie_apart(device, rows, width, dtype):
+    x = _randn(rows, 2000, device=device).to(dtype)
+    out = torch.full((rows, 1100), 5.0, device=device, dtype=dtype)
     copy_rows(out[:, 1 : 1 + width], x[:, 4 : 4 + width])
     assert torch.equal(out[:, 1 : 1 + width], x[:, 4 : 4 + width])
     assert bool((out[:, 0] == 5.0).all()) and bool((out[:, 1 + width :] == 5.0).all())
@@ -149,6 +158,26 @@ def test_rotation_equals_rotate_half(device, width, batched_tables, transposed):
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(x.grad, wanted_x.grad)
     assert got.stride() == x.stride()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_of_a_rotation_leave_the_room_that_its_inputs_had(device, batch):
+    """Queries [.., 4 * 8] and keys [.., 2 * 8] of a memory that has two heads more."""
+    s, d = 3, 8
+    memory = _randn(batch * s, 8 * d, device=device)
+    cos, sin = (_randn(1, s, d, device=device, seed=i) for i in (1, 2))
+    flat = parted(memory, [4 * d, 2 * d], (batch, s))
+    xs = [x.view(batch, s, -1, d).transpose(1, 2).requires_grad_() for x in flat]
+    dys = [_randn(*x.shape, device=device, seed=3 + i) for i, x in enumerate(xs)]
+    wanted = torch.autograd.grad(rotate(cos, sin, *xs), xs, dys)
+    Room.offer(memory)
+    got = torch.autograd.grad(rotate(cos, sin, *xs), xs, dys)
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    values = _randn(batch * s, 2 * d, device=device, seed=5)
+    columns = [g.transpose(1, 2).reshape(batch * s, -1) for g in got]
+    assert {c.untyped_storage().data_ptr() for c in columns} == {got[0].untyped_storage().data_ptr()}  # no copies
+    assert torch.equal(Room.filled([*columns, values]), torch.cat([*columns, values], dim=1))
 
 
 @pytest.mark.parametrize("parts", [(37,), (20, 17), (4100, 30)])
@@ -259,6 +288,11 @@ def test_a_norms_gradients_from_several_ranks_parts(device, rows, parts):
     torch.testing.assert_close(dx.view(x.shape), wide_x.grad.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dweight, wide_w.grad.float(), rtol=1e-4, atol=1e-4)
     assert rms_norm_gradients(dy, more, x, weight, root, 1e-5, False)[1] is None
+    also = torch.full((rows + 1, 96), 7.0, device=device)
+    beside = _randn(1, rows, 96, device=device, seed=4)
+    sent, _ = rms_norm_gradients(dy, more, x, weight, root, 1e-5, True, beside, also[:rows])
+    torch.testing.assert_close(sent.view(x.shape), dx.view(x.shape) + beside, rtol=1e-5, atol=1e-6)
+    assert torch.equal(also[:rows], sent.view(rows, 96)) and bool((also[rows] == 7).all())
 
 
 def test_rms_norm_rounds_its_weights_gradient_once(device):

@@ -283,3 +283,25 @@ def test_whole_layers_recomputed_hold_their_input_shards_alone() -> None:
     assert set(held) == {"embedding", "residual stream", "head and loss"}
     shard = 2048 // 2 * 4096 * 2
     assert held["residual stream"] == 3 * shard  # each layer's output; the first one's input is the embedding's
+
+
+@pytest.mark.parametrize(
+    ("family", "recompute"), [("llama", "none"), ("llama", "full"), ("gemma2", "none"), ("deepseek_v3", "none")]
+)
+def test_layers_left_out_are_like_those_that_are_traced(family: str, recompute: str) -> None:
+    """Seven layers: one kind, two by turns, and a dense one before six of experts."""
+    own = dict(OWN.get(family, {}), num_hidden_layers=7, attention_bias=False, mlp_bias=False)
+    config = (tiny(family, **own) if family in FAMILIES else tiny_of(family, **own)).config
+    key = SeqParConfig.from_json({"tp_size": 2, "recompute": recompute})
+    few, every = (trace_step(config, key, batch=1, seq=64, every_layer=every) for every in (False, True))
+    assert len(few.kinds.kept) < len(every.kinds.kept) == few.num_layers == every.num_layers == 7
+    for figure in ("held", "parameters", "trainable", "trained_tensors"):
+        assert getattr(few, figure) == getattr(every, figure), figure
+    assert few.forward_work == every.forward_work
+    for layer in range(7):
+        assert few.backward(layer).work == every.backward(layer).work, layer
+    # The sum of the norms' gradients, in `after`, is that of the traced layers: some kilobytes a layer.
+    assert few.backward_head.work == every.backward_head.work
+    assert few.after.work.operations == every.after.work.operations
+    zero = Zero(stage=1)
+    assert estimate(few, zero, dp_size=1) == estimate(every, zero, dp_size=1)
