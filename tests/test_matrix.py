@@ -55,7 +55,7 @@ def test_sgd_step_sample(tp: int, dp: int) -> None:
     _check("sgd", tp, dp, _sample(tp, dp), each=tp * dp < MANY)
 
 
-@pytest.mark.parametrize(("tp", "dp"), GRID)
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1), (2, 2), (3, 1)])
 def test_adamw_steps_sample(tp: int, dp: int) -> None:
     _check("adamw", tp, dp, _sample(tp, dp)[(tp + dp) % 2 :: 2], each=tp * dp < MANY)
 

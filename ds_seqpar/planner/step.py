@@ -25,6 +25,7 @@ from ..inject import inject
 from ..layers.loss import CausalLMLoss
 from ..layers.region import ShardingState
 from ..plan.resolve import resolve
+from .chunks import few_chunks
 from .stand_ins import AlikeInputs, ModelledExchange, NoRandom, as_on_gpu, fake_groups, truthful
 from .trace import BLOCK, Segment, Tracker, Work
 
@@ -342,6 +343,7 @@ class _Run:
             stack.enter_context(masks_as_with_values())
             if self.on_gpu:
                 stack.enter_context(as_on_gpu(tracker))
+            stack.enter_context(few_chunks(tracker))
             stack.enter_context(tracker)
             tracker.exclude(ids)
             with self._hooks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -19,6 +20,7 @@ from transformers import AutoConfig
 
 import ds_seqpar
 from ds_seqpar.config import SeqParConfig
+from ds_seqpar.layers import loss
 from ds_seqpar.planner.memory import Zero, estimate
 from ds_seqpar.planner.step import StepTrace, trace_step
 
@@ -305,3 +307,21 @@ def test_layers_left_out_are_like_those_that_are_traced(family: str, recompute: 
     assert few.after.work.operations == every.after.work.operations
     zero = Zero(stage=1)
     assert estimate(few, zero, dp_size=1) == estimate(every, zero, dp_size=1)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("seq", [256, 1001])
+def test_chunks_of_the_loss_that_do_not_run_count_as_those_that_do(
+    seq: int, sequence_parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four chunks, and sixteen of which the last is shorter."""
+    config, runs = tiny("llama").config, []
+    key = SeqParConfig.from_json({"tp_size": 2, "loss_chunk_tokens": 64, "sequence_parallel": sequence_parallel})
+    plain = loss._chunk_loss
+    monkeypatch.setattr("ds_seqpar.layers.loss._chunk_loss", lambda *given: (runs.append(1), plain(*given))[1])
+    few = trace_step(config, key, batch=1, seq=seq, dtype=torch.float32)
+    assert len(runs) == 4
+    monkeypatch.setattr("ds_seqpar.planner.step.few_chunks", lambda tracker: contextlib.nullcontext())
+    every = trace_step(config, key, batch=1, seq=seq, dtype=torch.float32)
+    assert len(runs) == 4 + -(-seq // 64)
+    assert few == every
