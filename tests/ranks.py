@@ -6,6 +6,7 @@ A rank that raises fails the test with its traceback; a rank that does not end i
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -68,8 +69,11 @@ def run_ranks(
             context.Process(target=_rank, args=(rank, world, folder, function, args, deepspeed, one_gpu), daemon=True)
             for rank in range(world)
         ]
+        # What this process holds stays out of the ranks' collections, which would touch, and so copy, all of its pages.
+        gc.freeze()
         for process in ranks:
             process.start()
+        gc.unfreeze()
         deadline = time.monotonic() + timeout
         failed_at = None
         while any(p.is_alive() for p in ranks) and time.monotonic() < deadline:
