@@ -305,7 +305,10 @@ def test_the_table_names_what_was_refused(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "exposed: communication" in out and "host: the GPU waits" in out
     assert (
-        "ds_seqpar 1 " in out and "best: " in out and "not planned: Ulysses" in out and "not planned: ds_seqpar 8" in out
+        "ds_seqpar 1 " in out
+        and "best: " in out
+        and "not planned: Ulysses" in out
+        and "not planned: ds_seqpar 8" in out
     )
 
 
