@@ -16,6 +16,7 @@ from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import ds_seqpar
 from ds_seqpar.kernels.addition import PassedGradient
 from ds_seqpar.layers import attention, products, rotary
 from ds_seqpar.layers.early import EarlyGatherings, RowsMark
@@ -174,9 +175,13 @@ def test_a_gradient_past_a_block_is_never_lost():
         assert wrong == []
 
 
-def _gathered_early(family: str, own: dict[str, bool]) -> tuple[int, int, int]:
-    """Gathers that the node which made the gradient started, and those of them that a linear took, over a step; layers."""
-    from sharding import twins
+def _gathered_early(family: str, own: dict[str, bool], adapted: list[str] | None = None) -> tuple[int, int, int]:
+    """Gathers that the node which made the gradient started, and those of them that a linear took, over a step; layers.
+
+    With LoRA on the linears `adapted`, if given.
+    """
+    from models import tiny
+    from sharding import fresh_groups
 
     started, taken = [], []
     start, take = EarlyGatherings.start, EarlyGatherings.take
@@ -188,9 +193,15 @@ def _gathered_early(family: str, own: dict[str, bool]) -> tuple[int, int, int]:
 
     EarlyGatherings.start = lambda self, *args: (started.append(1), start(self, *args))[1]
     EarlyGatherings.take = counting_take
-    model, _ = twins(family, dtype=torch.float32, **own)
+    fresh_groups()
+    model = tiny(family, **own)
+    if adapted is not None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=adapted), model)
+    ds_seqpar.shard(model, {"tp_size": 2})
     ids = torch.arange(8, device=device_of_tests()).view(1, 8)
-    model(input_ids=ids, labels=ids).loss.backward()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
     return len(started), sum(taken), model.config.num_hidden_layers
 
 
@@ -205,6 +216,16 @@ def test_gradients_of_rows_are_gathered_where_they_are_made(family, own, fused):
     for started, taken, layers in run_ranks(2, _gathered_early, family, own):
         # All but the last, which the model's last norm takes.
         assert started == taken == (2 * layers - 1 if fused else 0)
+
+
+@pytest.mark.parametrize(("adapted", "expected"), [
+    (["q_proj", "v_proj"], 2),
+    (["o_proj"], 0),  # autograd adds what goes past an adapter's block
+    (["q_proj", "o_proj", "gate_proj", "down_proj"], 0),
+])  # fmt: skip
+def test_with_adapters_nothing_is_gathered_in_vain(adapted, expected):
+    for started, taken, _ in run_ranks(2, _gathered_early, "llama", WITHOUT_BIAS, adapted):
+        assert started == taken == expected
 
 
 class _Transport:
