@@ -71,9 +71,11 @@ def run_ranks(
         ]
         # What this process holds stays out of the ranks' collections, which would touch, and so copy, all of its pages.
         gc.freeze()
-        for process in ranks:
-            process.start()
-        gc.unfreeze()
+        try:
+            for process in ranks:
+                process.start()
+        finally:
+            gc.unfreeze()
         deadline = time.monotonic() + timeout
         failed_at = None
         while any(p.is_alive() for p in ranks) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Everything that is known of transformers. No other package imports it."""
+"""Everything that is known of transformers, which nothing else in ds_seqpar imports."""
 
 from .facts import describe
 from .files import (

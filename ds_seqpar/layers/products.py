@@ -147,7 +147,8 @@ class ColumnParallel(Function):
 def _input_again(
     ctx: Any, kept: Sequence[Tensor], norm_weight: Tensor | None, wants_dw: bool
 ) -> tuple[Tensor | None, Gathering | None]:
-    """The linears' input once more: this rank's rows, or what they are made of, and their gathering where tokens are cut."""
+    """The linears' input once more, if a weight's gradient needs it: this rank's rows, or what they are made of, and, where tokens are
+    cut, their gathering."""
     region = ctx.region
     if not kept or not wants_dw:
         return None, None
@@ -166,7 +167,7 @@ def _input_again(
 
 
 def _norm_gradients(
-    ctx: Any, scattering: Scattering, x: Tensor, norm_weight: Tensor, root: Tensor
+    ctx: Any, scattering: Scattering, x: Tensor, norm_weight: Tensor, root: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """(gradient of what was normed, gradient of the norm's weight), from what the ranks send each other."""
     region = ctx.region

@@ -29,7 +29,7 @@ SHORTEST = 64
 MOST_TOKENS = 1 << 27
 MOST_GPUS = 1 << 20
 TRACED, MOST_TRACED = 64, 256
-"""Chunks of the loss beyond which a trace takes too long to look for the longest sequence with; and where nothing rises until there."""
+"""Chunks of the loss beyond which the longest sequence is found by a line, not by a trace; and where nothing rises until there."""
 
 
 @dataclass(frozen=True)

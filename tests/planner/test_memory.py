@@ -309,19 +309,25 @@ def test_layers_left_out_are_like_those_that_are_traced(family: str, recompute: 
     assert estimate(few, zero, dp_size=1) == estimate(every, zero, dp_size=1)
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("seq", [256, 1001])
+@pytest.mark.parametrize(
+    ("family", "dtype", "seq", "key"),
+    [
+        ("llama", torch.float32, 256, {}),  # four chunks, none left out
+        ("llama", torch.float32, 1001, {}),  # sixteen, of which the last is shorter
+        ("llama", torch.bfloat16, 1001, {"sequence_parallel": False}),
+        ("gemma2", torch.bfloat16, 320, {}),  # five; its logits have a softcap, so chunks keep more
+    ],
+)
 def test_chunks_of_the_loss_that_do_not_run_count_as_those_that_do(
-    seq: int, sequence_parallel: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, dtype: torch.dtype, seq: int, key: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four chunks, and sixteen of which the last is shorter."""
-    config, runs = tiny("llama").config, []
-    key = SeqParConfig.from_json({"tp_size": 2, "loss_chunk_tokens": 64, "sequence_parallel": sequence_parallel})
+    config, runs = tiny(family).config, []
+    asked = SeqParConfig.from_json({"tp_size": 2, "loss_chunk_tokens": 64, **key})
     plain = loss._chunk_loss
     monkeypatch.setattr("ds_seqpar.layers.loss._chunk_loss", lambda *given: (runs.append(1), plain(*given))[1])
-    few = trace_step(config, key, batch=1, seq=seq, dtype=torch.float32)
+    few = trace_step(config, asked, batch=1, seq=seq, dtype=dtype)
     assert len(runs) == 4
     monkeypatch.setattr("ds_seqpar.planner.step.few_chunks", lambda tracker: contextlib.nullcontext())
-    every = trace_step(config, key, batch=1, seq=seq, dtype=torch.float32)
+    every = trace_step(config, asked, batch=1, seq=seq, dtype=dtype)
     assert len(runs) == 4 + -(-seq // 64)
     assert few == every

@@ -193,7 +193,7 @@ def _flat(rate: Any) -> list[float]:
 
 
 def _plan(capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
-    """The longest sequence of a choice takes four traces: two choices are enough where nothing else is said."""
+    """What `plan --json` prints of two GPUs and 256 tokens: two choices if `more` says nothing else, as each takes some traces."""
     rows = () if "--rows" in more else ("--rows", "2")
     assert main(["plan", *TINY, "--seq", "256", "--gpus", "2", "--rates", "h200", "--json", *rows, *more]) == 0
     result: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -205,7 +205,7 @@ def test_the_best_choice_fits_and_its_json_is_one_that_trains(
 ) -> None:
     given = tmp_path / "mine.json"
     given.write_text(json.dumps({KEY: {"tp_size": 2, "loss_chunk_tokens": 64}, "gradient_accumulation_steps": 3}))
-    found = _plan(capsys, "--config", str(given), "--write", str(tmp_path / "ds.json"))
+    found = _plan(capsys, "--config", str(given), "--write", str(tmp_path / "ds.json"), "--rows", "12")
     written = json.loads((tmp_path / "ds.json").read_text())
     best = found["best"]
     assert best["fits"] and best["split"] == 2 and best == found["choices"][0]
@@ -424,7 +424,7 @@ def test_what_of_a_json_is_planned_otherwise_is_said(capsys: pytest.CaptureFixtu
 
 
 def test_a_stage_that_is_asked_for_is_the_stage_of_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
-    found = _plan(capsys, "--zero", "1")
+    found = _plan(capsys, "--zero", "1", "--rows", "6")
     assert {choice["stage"] for choice in found["choices"]} == {1}
     assert "stage 1 was asked for" in found["refused"]["ZeRO alone"]
 

@@ -57,11 +57,10 @@ class _Lines(logging.Handler):
 def _train(
     cases: list[tuple[int, int, dict[str, Any]]], answer: dict[str, int]
 ) -> list[tuple[list[tuple[int, str]], list[str], int]]:
-    """The first case's child imports and plans, which takes it ten seconds; the others' only say the `answer`.
-
-    For each (held, peak, key) the log's lines about memory, and the Report's, of steps until the comparison is there.
+    """For each (held, peak, key) the log's lines about memory, and the Report's, of steps until the comparison is there.
 
     Third, how many meters were asked for: a comparison that is off logs nothing either way before its child has answered.
+    The first case's child imports and plans, which takes it ten seconds; the others' only say the `answer`.
     """
     found = []
     meters: list[_Played] = []
