@@ -13,6 +13,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # five seconds 
 import pytest
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from ds_seqpar.comm import exchange
 
@@ -115,6 +117,7 @@ def _rank(
     rank: int, world: int, folder: str, function: Callable[..., Any], args: Any, deepspeed: bool, one_gpu: bool
 ) -> None:
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and a rank that is killed may hold it
     result, error = None, None
     gpu = 0 if one_gpu else rank
     stack = open(f"{folder}/stack{rank}", "w")  # until the process ends

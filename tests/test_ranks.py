@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import ranks
 import torch
+from tqdm import tqdm
 
 
 def test_ranks_are_not_forked_from_a_process_that_started_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +42,19 @@ def test_a_rank_that_does_not_end_is_named_with_the_line_it_stands_at() -> None:
     finished, hanging = failed.value.errors
     assert finished is None
     assert hanging.endswith("hang") and "_one_waits" in hanging
+
+
+def _dies_in_a_bar() -> None:
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _shows_a_bar() -> int:
+    return len(list(tqdm(range(3))))
+
+
+def test_a_rank_that_is_killed_while_it_shows_a_bar_stops_no_later_one() -> None:
+    tqdm.get_lock()  # which ranks are forked with, as after a bar of pytest's own process
+    with pytest.raises(ranks.RankError, match="exit code -9"):
+        ranks.run_ranks(1, _dies_in_a_bar, deepspeed=False)
+    assert ranks.run_ranks(1, _shows_a_bar, timeout=20, deepspeed=False) == [3]
