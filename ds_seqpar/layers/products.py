@@ -147,8 +147,7 @@ class ColumnParallel(Function):
 def _input_again(
     ctx: Any, kept: Sequence[Tensor], norm_weight: Tensor | None, wants_dw: bool
 ) -> tuple[Tensor | None, Gathering | None]:
-    """The linears' input once more, if a weight's gradient needs it: this rank's rows, or what they are made of, and, where tokens are
-    cut, their gathering."""
+    """This rank's rows of the linears' input, or what they are made of, and their gathering where tokens are cut; for dw alone."""
     region = ctx.region
     if not kept or not wants_dw:
         return None, None

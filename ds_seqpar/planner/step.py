@@ -91,7 +91,7 @@ class StepTrace:
 
     def forward(self, layer: int) -> Segment:
         """The forward of layer `layer` of the whole model."""
-        return self.segments[1 + self._index(layer)]
+        return self.segments[1 + self.kinds.representative(layer)]
 
     @property
     def head(self) -> Segment:
@@ -105,15 +105,12 @@ class StepTrace:
 
     def backward(self, layer: int) -> Segment:
         """The backward of layer `layer` of the whole model."""
-        return self.segments[2 + 2 * self._n - self._index(layer)]
+        return self.segments[2 + 2 * self._n - self.kinds.representative(layer)]
 
     @property
     def after(self) -> Segment:
         """The embedding's backward."""
         return self.segments[-1]
-
-    def _index(self, layer: int) -> int:
-        return self.kinds.representative(layer)
 
     @property
     def num_layers(self) -> int:
@@ -121,7 +118,7 @@ class StepTrace:
         return len(self.kinds.of)
 
     def _over_layers(self, figures: list[int]) -> int:
-        return sum(figures[self._index(i)] for i in range(self.num_layers))
+        return sum(figures[self.kinds.representative(i)] for i in range(self.num_layers))
 
     @property
     def parameters(self) -> int:
