@@ -31,7 +31,7 @@ ON_GPU = os.environ.get("DS_SEQPAR_TEST_DEVICE") == "cuda"
 SHARE_ONE_GPU = os.environ.get("DS_SEQPAR_TEST_ONE_GPU") == "1"
 if ON_GPU:
     exchange._LEAST_BYTES = 0  # tiny models, too, are exchanged by the copy engines
-__all__ = ["RankError", "run_ranks"]
+__all__ = ["RankError", "live_tensors", "run_ranks"]
 
 
 class RankError(AssertionError):
@@ -101,6 +101,13 @@ def run_ranks(
         if any(errors):
             raise RankError(errors)
         return results
+
+
+def live_tensors() -> list[torch.Tensor]:
+    """All tensors that something still holds; gloo's own threads hold those of the last collective a moment longer, which is waited for."""
+    time.sleep(0.1)
+    gc.collect()
+    return [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
 
 
 def _where(process: Any, stack: str) -> str:

@@ -58,3 +58,18 @@ def test_a_rank_that_is_killed_while_it_shows_a_bar_stops_no_later_one() -> None
     with pytest.raises(ranks.RankError, match="exit code -9"):
         ranks.run_ranks(1, _dies_in_a_bar, deepspeed=False)
     assert ranks.run_ranks(1, _shows_a_bar, timeout=20, deepspeed=False) == [3]
+
+
+def _seen_after_a_sum(times: int) -> int:
+    seen = 0
+    for _ in range(times):
+        summed = torch.ones(250_007)
+        torch.distributed.all_reduce(summed)
+        del summed
+        seen += any(x.numel() == 250_007 for x in ranks.live_tensors())
+    return seen
+
+
+@pytest.mark.skipif(ranks.ON_GPU, reason="gloo's threads")
+def test_what_only_gloo_holds_still_is_not_among_the_live_tensors() -> None:
+    assert ranks.run_ranks(2, _seen_after_a_sum, 12, deepspeed=False) == [0, 0]

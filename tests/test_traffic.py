@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from exactness import engine_for
 from model_types import batches_for
 from models import batches, tiny
-from ranks import ON_GPU, run_ranks
+from ranks import ON_GPU, live_tensors, run_ranks
 
 from ds_seqpar.comm import collectives
 
@@ -140,7 +139,7 @@ def _saved(tp: int, key: dict[str, Any], family: str = "llama") -> list[tuple[in
     model = tiny(family, **{"intermediate_size": 56, **_own(family)}).train()
     engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 2, 1)
     parameters = {p.data_ptr() for p in model.parameters()}
-    before = {id(x) for x in gc.get_objects() if type(x) is torch.Tensor}
+    before = {id(x): x for x in live_tensors() if type(x) is torch.Tensor}  # kept, so that no new one gets its id
     shapes = []
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +152,7 @@ def _saved(tp: int, key: dict[str, Any], family: str = "llama") -> list[tuple[in
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = engine(**batch)
     # What nodes of the graph hold by attribute; integers are generator states and masks.
-    alive = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.is_floating_point()]
+    alive = [x for x in live_tensors() if type(x) is torch.Tensor and x.is_floating_point()]
     assert output.loss.requires_grad
     return shapes + [tuple(x.shape) for x in alive if id(x) not in before]
 

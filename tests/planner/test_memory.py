@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import gc
 import json
 import weakref
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 from model_types import tiny_of
 from models import FAMILIES, tiny
-from ranks import ON_GPU, run_ranks
+from ranks import ON_GPU, live_tensors, run_ranks
 from transformers import AutoConfig
 
 import ds_seqpar
@@ -62,8 +61,7 @@ def _held(family: str, key: dict[str, Any], batch: int, seq: int) -> int:
     ds_seqpar.shard(model, key)
     ids = torch.randint(3, 101, (batch, seq), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids, labels=ids, use_cache=False)  # fills what is kept for good
-    gc.collect()
-    there = {id(x): x for x in gc.get_objects() if isinstance(x, torch.Tensor)}  # kept, so that no new one gets its id
+    there = {id(x): x for x in live_tensors()}  # kept, so that no new one gets its id
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     packed: list[weakref.ref[_Saved]] = []
 
@@ -74,8 +72,7 @@ def _held(family: str, key: dict[str, Any], batch: int, seq: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    gc.collect()
-    alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and id(x) not in there]
+    alive = [x for x in live_tensors() if id(x) not in there]
     saved = [found.tensor for found in (ref() for ref in packed) if found is not None]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*alive, *saved)}
     assert loss.requires_grad

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from exactness import engine_for
 from models import batches, tiny
-from ranks import ON_GPU, run_ranks
+from ranks import ON_GPU, live_tensors, run_ranks
 
 from ds_seqpar.config import SeqParConfig
 from ds_seqpar.planner.memory import Zero, estimate
@@ -44,8 +43,7 @@ def _json(stage: int, clip: float, offload: bool) -> dict[str, Any]:
 
 def _live() -> int:
     """Bytes of all tensors that there are."""
-    gc.collect()
-    found = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
+    found = [x for x in live_tensors() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
 
 
