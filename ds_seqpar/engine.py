@@ -387,9 +387,8 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     check = getattr(engine, "first_dataloader_check", None)
     if check is not None:
         check.remove()  # ours compares every forward, and first
-    optimizer = engine.optimizer
-    if optimizer is not None and left_in_place(ds_config, dp_size, accumulation) and leave_gradients(optimizer):
-        report.remark_later("ZeRO leaves the gradients where backward makes them: no data-parallel rank shares them")
+    if engine.optimizer is not None and left_in_place(ds_config, dp_size, accumulation):
+        leave_gradients(engine, report.remark_later)
     if not waits_to_time(ds_config):
         report.remark_later(
             "DeepSpeed's throughput timer does not wait for the GPU in every step; "

@@ -7,7 +7,8 @@ the gradients twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -46,8 +47,34 @@ def wants_copies(ds_config: Mapping[str, Any], accumulation: int) -> bool:
     return bool(offloads or widened or each or unmanaged or named or zero.get("zenflow"))
 
 
-def leave_gradients(optimizer: Any) -> bool:
-    """Tells DeepSpeed's ZeRO 1 and 2 optimizer to leave the gradients alone; False if it does with them more than said above."""
+def leave_gradients(engine: Any, say: Callable[[str], None]) -> None:
+    """Tells the ZeRO 1 or 2 optimizer of `engine` to leave the gradients alone, and says so, unless it does with them more than said above.
+
+    At stage 2 only until the caller first asks, between two micro batches, for no step yet.
+    """
+    optimizer = engine.optimizer
+    if not _leave(optimizer):
+        return
+    say("ZeRO leaves the gradients where backward makes them: no data-parallel rank shares them")
+    if not optimizer.partition_gradients:
+        return
+    plain = engine.set_gradient_accumulation_boundary
+
+    @functools.wraps(plain)
+    def set_boundary(is_boundary: bool) -> None:
+        if not is_boundary and not optimizer.contiguous_gradients:
+            optimizer.contiguous_gradients = True
+            del optimizer.buffered_reduce_fallback
+            say(
+                "ZeRO copies the gradients from here on: set_gradient_accumulation_boundary(False) makes DeepSpeed add micro batches "
+                'up by itself; "gradient_accumulation_steps" in the JSON says so from the start'
+            )
+        plain(is_boundary)
+
+    engine.set_gradient_accumulation_boundary = set_boundary
+
+
+def _leave(optimizer: Any) -> bool:
     usual = optimizer.contiguous_gradients and not (optimizer.cpu_offload or optimizer.has_moe_layers)
     plain = optimizer.gradient_accumulation_dtype == optimizer.dtype and optimizer.sequence_parallel_size == 1
     if not usual or not plain or dist.get_world_size(optimizer.dp_process_group) > 1:

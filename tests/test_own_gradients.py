@@ -49,8 +49,11 @@ def test_weights_are_bit_for_bit_those_of_a_run_with_the_copies(stage: int, prec
         assert (equal, here, there, unchanged) == (True, True, False, False)
 
 
-def _where(stage: int, named: dict[str, Any]) -> tuple[int, int, bool]:
-    """How many gradients backward made, how many of them are the ones that the optimizer will read, and whether buckets were made."""
+def _where(stage: int, named: dict[str, Any], by_hand: bool = False) -> tuple[int, int, bool]:
+    """How many gradients backward made, how many of them are the ones that the optimizer will read, and whether buckets were made.
+
+    `by_hand`: of two micro batches that the caller counts.
+    """
     model = tiny("llama").train()
     engine = engine_for(
         model, torch.optim.AdamW(model.parameters()), {"tp_size": 2}, stage, 1, 1, zero_optimization={"stage": stage, **named}
@@ -77,7 +80,12 @@ def _where(stage: int, named: dict[str, Any]) -> tuple[int, int, bool]:
         plain(*args, **kwargs)
 
     engine.optimizer.reduce_ipg_grads = reduce
-    engine.backward(engine(**batches(1, 1)[0]).loss)
+    micro_batches = batches(1 + by_hand, 1)
+    for i, batch in enumerate(micro_batches):
+        loss = engine(**batch).loss
+        if by_hand:  # where accelerate does it
+            engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        engine.backward(loss)
     read = {grad.data_ptr() for group in engine.optimizer.averaged_gradients.values() for grad in group}
     return len(made), sum(grad.data_ptr() in read for grad in made), any(buckets)
 
@@ -88,6 +96,35 @@ def test_they_are_the_tensors_that_backward_made(stage: int) -> None:
         assert made == kept > 10 and not buckets
     for made, kept, buckets in run_ranks(2, _where, stage, AS_DEEPSPEED_DOES):
         assert made > kept == 0 and buckets, "this test can tell"
+
+
+def _counted(accumulation: int) -> tuple[list[Tensor], list[str]]:
+    """This rank's weights after two steps of three micro batches, which DeepSpeed counts or, where it was told of one, the caller."""
+    model = tiny("llama").train()
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2}, 2, 1, accumulation)
+    for i, batch in enumerate(batches(6, 1)):
+        if accumulation == 1:
+            engine.set_gradient_accumulation_boundary(i % 3 == 2)
+        # DeepSpeed divides by the number that it knows.
+        engine.backward(engine(**batch).loss / (3 // accumulation))
+        if accumulation > 1 or i % 3 == 2:
+            engine.step()
+    return [p.detach().clone() for p in engine.module.parameters()], engine.seqpar_report.remarks
+
+
+def _same_counted() -> tuple[float, list[str]]:
+    (ours, remarks), (theirs, _) = _counted(1), _counted(3)
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)), remarks
+
+
+def test_they_are_copied_from_where_the_caller_first_counts_micro_batches() -> None:
+    for error, remarks in run_ranks(2, _same_counted):
+        assert error < 1e-6
+        assert sum("ZeRO copies the gradients from here on" in remark for remark in remarks) == 1
+    for made, kept, buckets in run_ranks(2, _where, 2, {}, True):
+        assert made > kept == 0 and buckets
+    for made, kept, buckets in run_ranks(2, _where, 1, {}, True):  # autograd adds up, in what backward made
+        assert made == kept > 10 and not buckets
 
 
 def _remarks(world_tp: int, section: dict[str, Any], ds: dict[str, Any]) -> list[str]:
