@@ -26,7 +26,7 @@ from sharding import full_gradients, relative_error
 import ds_seqpar
 from ds_seqpar import SeqParError
 from ds_seqpar.config import SeqParConfig
-from ds_seqpar.engine import _translated
+from ds_seqpar.engine.arguments import translate
 from ds_seqpar.plan.styles import Style
 
 __all__ = ["Case", "cases", "outcomes", "settle"]
@@ -154,7 +154,7 @@ def settle(kind: str, case: Case) -> str:
 def _key(case: Case) -> str:
     config = SeqParConfig.from_json(case["ds_seqpar"])
     if config.enabled:
-        translated = _translated(case, config)
+        translated = translate(case, config)
         dp = dist.get_world_size() // config.tp_size
         micro, accumulation = (translated[n] for n in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
         assert "train_batch_size" not in case or micro * accumulation * dp == case["train_batch_size"]

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_seqpar import engine, inject
+from ds_seqpar import inject
 from ds_seqpar.comm import collectives, regions, tokens
 from ds_seqpar.comm.exchange import Exchange
 from ds_seqpar.comm.regions import _GatherForPartial
+from ds_seqpar.engine import sharding
 from ds_seqpar.inject import _Injection
 from ds_seqpar.kernels.addition import PassedGradient
 from ds_seqpar.layers import blocks, boundaries, loss, norm, partial, products, token_operations
@@ -514,7 +515,7 @@ MUTANTS: tuple[Mutant, ...] = (
         by="dropout apart", verify=False),
     Mutant("dropout masks differ where activations are replicated", _swap(ParallelRandom, "fork", _other_seeds), by="dropout alike",
         verify=False),
-    Mutant("cut parameters are left out of the gradient norm", _swap(engine, "_tag", _untagged), by="clipped steps", verify=False),
+    Mutant("cut parameters are left out of the gradient norm", _swap(sharding, "tag", _untagged), by="clipped steps", verify=False),
     Mutant("the optimizer decays on one rank only", _optimizer(_decays_on_one), by="replicas", verify=False),
     Mutant("a moment is lost on one rank", _optimizer(_forgets_moment), by="replicas", verify=False),
     Mutant("random numbers are drawn on one rank only", _optimizer(_draws_on_one), by="replicas", verify=False),

@@ -177,9 +177,9 @@ def test_tp_size_1_is_the_same_path_and_the_same_training(world: int) -> None:
 
 def _without_the_key() -> None:
     """Also with the key disabled: DeepSpeed's own engine over the untouched model, equal bit for bit."""
-    from ds_seqpar.engine import _plain_initialize
+    from ds_seqpar.engine.arguments import plain_initialize
 
-    _, expected = _two_steps(_plain_initialize, config=_config(None))
+    _, expected = _two_steps(plain_initialize, config=_config(None))
     for config in (_config(None), {**_config(None), "ds_seqpar": {"enabled": False}}):
         for initialize in (deepspeed.initialize, ds_seqpar.initialize):
             engine, values = _two_steps(initialize, config=config)
@@ -214,10 +214,11 @@ def test_a_model_without_dropout_leaves_the_random_stream_alone() -> None:
 def test_the_wrapped_initialize_looks_like_deepspeeds() -> None:
     import inspect
 
-    from ds_seqpar.engine import _plain_initialize, patch
+    from ds_seqpar.engine import patch
+    from ds_seqpar.engine.arguments import plain_initialize
 
-    assert inspect.signature(deepspeed.initialize) == inspect.signature(_plain_initialize)
-    assert deepspeed.initialize.__doc__ == _plain_initialize.__doc__ and deepspeed.initialize.__name__ == "initialize"
+    assert inspect.signature(deepspeed.initialize) == inspect.signature(plain_initialize)
+    assert deepspeed.initialize.__doc__ == plain_initialize.__doc__ and deepspeed.initialize.__name__ == "initialize"
     before = deepspeed.initialize, deepspeed.DeepSpeedEngine.__init__
     patch()
     assert (deepspeed.initialize, deepspeed.DeepSpeedEngine.__init__) == before, "patching twice wraps twice"

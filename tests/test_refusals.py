@@ -421,17 +421,17 @@ def test_attention_maps_are_refused_because_each_rank_has_its_own_heads() -> Non
 
 def _taken_before() -> Outcome:
     """`from deepspeed import initialize` above `import ds_seqpar` leaves the script with DeepSpeed's own function."""
-    from ds_seqpar.engine import _plain_initialize
+    from ds_seqpar.engine.arguments import plain_initialize
 
     fresh_groups()
     model = tiny("llama")
     before = _fingerprint(model)
     config = _config(train_batch_size=2, zero_optimization={"stage": 1})
-    outcome = _outcome(lambda: _plain_initialize(model=model, config=config))
+    outcome = _outcome(lambda: plain_initialize(model=model, config=config))
     assert _fingerprint(model) == before
     disabled = {**config, "ds_seqpar": {"enabled": False}}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = _plain_initialize(
+    engine = plain_initialize(
         model=model, optimizer=optimizer, config={**disabled, "zero_allow_untested_optimizer": True}
     )[0]
     assert not hasattr(engine.module, "seqpar")

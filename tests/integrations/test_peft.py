@@ -24,6 +24,7 @@ import ds_seqpar
 from ds_seqpar.checkpoint import export
 from ds_seqpar.checkpoint.gathering import gather_parameter
 from ds_seqpar.comm import collectives
+from ds_seqpar.engine import weights
 from ds_seqpar.hf import require_model
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
@@ -290,7 +291,7 @@ def _merge(folder: str, stage: int, lora: dict[str, Any]) -> None:
         engine.module.save_pretrained(f"{folder}/wrong")
     with pytest.raises(ds_seqpar.PlanError, match="before the model is sharded"):
         engine.module.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
-    gathered = _recorded(ds_seqpar.engine, "whole_parameter")
+    gathered = _recorded(weights, "whole_parameter")
     ds_seqpar.save_pretrained(engine, f"{folder}/adapter")
     # PEFT writes the table of an embedding that has an adapter.
     frozen = {id(p) for n, p in engine.module.named_parameters() if not (p.requires_grad or "embed_tokens" in n)}

@@ -19,8 +19,8 @@ from exactness import engine_for, fresh_groups
 from models import batches, tiny
 from ranks import ON_GPU, run_ranks
 
-import ds_seqpar.engine
 from ds_seqpar.config import SeqParConfig
+from ds_seqpar.engine import watches
 from ds_seqpar.planner import startup
 from ds_seqpar.planner.memory import Zero, estimate
 from ds_seqpar.planner.startup import MemoryCheck, predict_memory, question_of
@@ -72,7 +72,7 @@ def _train(
     logging.getLogger("ds_seqpar").setLevel(logging.INFO)
     for held, peak, key in cases:
         meters.clear()
-        ds_seqpar.engine.memory_meter = functools.partial(meter, held, peak)  # type: ignore[assignment]
+        watches.memory_meter = functools.partial(meter, held, peak)  # type: ignore[assignment]
         lines = _Lines()
         logging.getLogger("ds_seqpar").addHandler(lines)
         model = tiny("llama").train()
@@ -171,8 +171,8 @@ def _asked_of_a_run() -> dict[str, Any] | None:
         asked.append(ds_config)
         return question_of(model, config, ds_config, *more)
 
-    ds_seqpar.engine.question_of = question  # type: ignore[attr-defined]
-    ds_seqpar.engine.memory_meter = functools.partial(_Played, 0, 0)  # type: ignore[assignment]
+    watches.question_of = question  # type: ignore[attr-defined]
+    watches.memory_meter = functools.partial(_Played, 0, 0)  # type: ignore[assignment]
     fresh_groups()
     model = tiny("llama").train()
     ds_config = {
