@@ -21,6 +21,7 @@ plain_initialize = deepspeed.initialize
 
 
 def bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `deepspeed.initialize` by their names."""
     return dict(inspect.signature(plain_initialize).bind_partial(*args, **kwargs).arguments)
 
 
@@ -37,6 +38,7 @@ def ds_config_of(given: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def without_config(args: Any) -> Any:
+    """`args` without the path of a config, beside which DeepSpeed takes no `config`."""
     if getattr(args, "deepspeed_config", None) is None:
         return args
     args = copy.copy(args)
@@ -45,4 +47,5 @@ def without_config(args: Any) -> Any:
 
 
 def translate(ds_config: dict[str, Any], config: SeqParConfig, trains: bool = True) -> dict[str, Any]:
+    """What DeepSpeed is given in place of the user's JSON; see translation. Needs torch.distributed initialised."""
     return translated(ds_config, config, comm.get_world_size(), GRADIENT_CLIPPING_DEFAULT, trains=trains)

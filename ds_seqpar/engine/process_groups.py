@@ -34,6 +34,7 @@ def groups_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> ParallelGro
 
 
 def tensor_parallel_groups(tp_size: int) -> ParallelGroups:
+    """This process's groups of `tp_size` consecutive ranks, made once; raises ConfigError where it has others."""
     ds_groups._init_tp_mesh_device(tensor_model_parallel_size=tp_size)
     group = ds_groups.get_tensor_model_parallel_group()
     have = comm.get_world_size(group)

@@ -51,6 +51,7 @@ def memory_check(
 
 
 def replica_check(engine: Any, state: ShardingState) -> ReplicaCheck:
+    """Of every parameter of the engine, its fp32 copy and its optimizer state; what cannot be compared is said in the report."""
     pieces, dp_group = functools.partial(_pieces, engine), data_parallel_group()
     assert dp_group is not None, "the model is sharded"
     check = ReplicaCheck(engine.module.named_parameters(), state.entries, state.groups, dp_group, pieces)
