@@ -1,10 +1,10 @@
 """Each fused kernel against the composition of torch operations it stands for, value and gradient."""
 
-import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ ACTS = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 NO_TRITON = importlib.util.find_spec("triton") is None
-OLD_TRITON = not NO_TRITON and tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9)
+BF16_ROUNDS = 2**-7 if INTERPRETING else 2**-8  # of a value, at most; Triton's interpreter cuts off what GPUs round
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -40,10 +40,15 @@ def device(request, monkeypatch):
     NO_TRITON or INTERPRETING or torch.cuda.is_available(), reason="Triton is missing, or runs directly"
 )
 def test_the_triton_kernels_under_their_interpreter():
+    interpreted = {
+        "env": {**os.environ, "TRITON_INTERPRET": "1"}, "capture_output": True, "text": True, "timeout": 600, "check": False,
+    }  # fmt: skip
+    probe = subprocess.run([sys.executable, Path(__file__).with_name("interpreter.py")], **interpreted)
+    if probe.returncode:
+        pytest.skip(f"this Triton's interpreter does not run what its compiler does: {probe.stderr.splitlines()[-1]}")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__], **interpreted
+    )
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
 
@@ -244,7 +249,8 @@ def test_tokens_that_do_not_count_have_no_gradient_even_if_their_logits_overflow
 def test_scaling_rounds_once(device, dtypes):
     x, factor = _randn(5, 1031, device=device).to(dtypes[0]), torch.tensor(1 / 3, device=device)
     wanted = (x.double() * factor.double()).to(dtypes[1])
-    torch.testing.assert_close(ce.scaled(x, factor, dtypes[1]), wanted, rtol=1e-6, atol=0)
+    cut_off = INTERPRETING and dtypes[1] is torch.bfloat16
+    torch.testing.assert_close(ce.scaled(x, factor, dtypes[1]), wanted, rtol=BF16_ROUNDS if cut_off else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 700])
@@ -303,4 +309,5 @@ def test_rms_norm_rounds_its_weights_gradient_once(device):
     rms_norm(x, weight, 1e-6).backward(dy)
     wide = weight.detach().double().requires_grad_()
     (x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6) * wide).backward(dy.double())
-    torch.testing.assert_close(weight.grad.double(), wide.grad, rtol=2**-8, atol=2**-8 * float(wide.grad.abs().mean()))
+    close = {"rtol": BF16_ROUNDS, "atol": BF16_ROUNDS * float(wide.grad.abs().mean())}
+    torch.testing.assert_close(weight.grad.double(), wide.grad, **close)
