@@ -120,11 +120,18 @@ def _where(process: Any, stack: str) -> str:
     return "before its first line\n"
 
 
+def _own_lock(bar: type[tqdm]) -> None:
+    """For this rank's progress bars of every kind: their first is shared with all forks, and a rank that is killed may hold it."""
+    bar.set_lock(threading.RLock())
+    for kind in bar.__subclasses__():
+        _own_lock(kind)
+
+
 def _rank(
     rank: int, world: int, folder: str, function: Callable[..., Any], args: Any, deepspeed: bool, one_gpu: bool
 ) -> None:
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and a rank that is killed may hold it
+    _own_lock(tqdm)
     result, error = None, None
     gpu = 0 if one_gpu else rank
     stack = open(f"{folder}/stack{rank}", "w")  # until the process ends

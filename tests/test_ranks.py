@@ -13,6 +13,8 @@ import pytest
 import ranks
 import torch
 from tqdm import tqdm
+from tqdm.auto import tqdm as auto_tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 
 def test_ranks_are_not_forked_from_a_process_that_started_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,20 +46,24 @@ def test_a_rank_that_does_not_end_is_named_with_the_line_it_stands_at() -> None:
     assert hanging.endswith("hang") and "_one_waits" in hanging
 
 
-def _dies_in_a_bar() -> None:
-    tqdm.get_lock().acquire()
+def _dies_in_a_bar(kind: type[tqdm]) -> None:
+    kind.get_lock().acquire()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _shows_a_bar() -> int:
-    return len(list(tqdm(range(3))))
+def _shows_a_bar(kind: type[tqdm]) -> int:
+    return len(list(kind(range(3))))
 
 
-def test_a_rank_that_is_killed_while_it_shows_a_bar_stops_no_later_one() -> None:
-    tqdm.get_lock()  # which ranks are forked with, as after a bar of pytest's own process
+@pytest.mark.parametrize("kind", [tqdm, auto_tqdm])  # transformers' are of the second
+def test_a_rank_that_is_killed_while_it_shows_a_bar_stops_no_later_one(
+    kind: type[tqdm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Which ranks are forked with, as after a bar of pytest's own process: a kind that came first has one of its own.
+    monkeypatch.setattr(kind, "_lock", TqdmDefaultWriteLock(), raising=False)
     with pytest.raises(ranks.RankError, match="exit code -9"):
-        ranks.run_ranks(1, _dies_in_a_bar, deepspeed=False)
-    assert ranks.run_ranks(1, _shows_a_bar, timeout=20, deepspeed=False) == [3]
+        ranks.run_ranks(1, _dies_in_a_bar, kind, deepspeed=False)
+    assert ranks.run_ranks(1, _shows_a_bar, kind, timeout=20, deepspeed=False) == [3]
 
 
 def _seen_after_a_sum(times: int) -> int:
