@@ -50,7 +50,7 @@ def wants_copies(ds_config: Mapping[str, Any], accumulation: int) -> bool:
 def leave_gradients(engine: Any, say: Callable[[str], None]) -> None:
     """Tells the ZeRO 1 or 2 optimizer of `engine` to leave the gradients alone, and says so, unless it does with them more than said above.
 
-    At stage 2 only until the caller first asks, between two micro batches, for no step yet.
+    At stage 2 until the caller first says that a micro batch is not the last of its step: DeepSpeed then adds into what it holds.
     """
     optimizer = engine.optimizer
     if not _leave(optimizer):
