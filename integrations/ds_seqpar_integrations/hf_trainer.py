@@ -90,7 +90,10 @@ def _adapt_trainer() -> None:
 
 
 def _count_items_once(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The Trainer divides by tp_size, as if it had summed over all ranks; `gather` counts each data-parallel rank once."""
+    """`gather` counts each data-parallel rank once, and the Trainer goes on as if it had summed over all ranks.
+
+    Up to transformers 5.23 it then multiplies the loss by all ranks, later it divides both by tp_size: either way tp_size is missing.
+    """
     items, tp_size = plain(self, *args, **kwargs), self.get_tp_size()
     return items if items is None or tp_size == 1 else (items * tp_size).round()
 

@@ -104,8 +104,13 @@ def _num_items() -> None:
         name,
         "it sums what Accelerator.gather brings",
     )
-    divided = "\n                num_items_in_batch = num_items_in_batch / (\n                    self.get_tp_size()"
-    _must(divided in source, name, "it divides by tp_size in any case")
+    loss = _source(Trainer.compute_loss)
+    _must(
+        ("self.get_tp_size()" in source) == ("self.accelerator.num_processes // self.get_tp_size()" in loss),
+        name,
+        "the loss is multiplied by all ranks, or by all over tp_size where the count was divided by it",
+    )
+    _must("loss *= loss_scale if self.args.n_gpu <= 1 else self.args.n_gpu" in loss, name, "the loss is multiplied")
 
 
 def _hf_config() -> None:
