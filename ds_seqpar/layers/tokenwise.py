@@ -15,17 +15,23 @@ def is_tokenwise(module: nn.Module, hidden_size: int, like: Tensor | None = None
 
     Measured on random rows with the module's own weights, in evaluation mode; the module is left as it was. A module whose
     weights have no values (on the meta device, or fake tensors) is measured with random ones. One without parameters is
-    measured in the dtype and on the device of `like`. A kernel that somebody put on a module of a model still on the CPU may
-    take a GPU's tensors alone: then a copy is measured there.
+    measured in the dtype of `like`. A copy on the CPU is measured first: a table that takes the rows for its indices raises an
+    error there, which on a GPU ends the process. Only a kernel that takes a GPU's tensors alone is measured on one.
     """
     parameter = next(module.parameters(), like)
     assert parameter is not None, "a module without parameters needs a tensor that is like its inputs"
+    device = parameter.device if parameter.is_cuda else None
     if parameter.is_meta or type(parameter.data) is not Tensor:
-        module = _with_values(module)
+        module, device = _with_values(module), None
         parameter = next(module.parameters(), torch.empty(0))
-    found = _measured(module, hidden_size, parameter)
-    device = _accelerator() if found is None and any("forward" in vars(part) for part in module.modules()) else None
-    if device is not None:
+    on_cpu = module if device is None else copy.deepcopy(module).to("cpu")
+    try:
+        found = _measured(on_cpu, hidden_size, parameter.to("cpu"))
+    except IndexError:
+        return False
+    if found is None and any("forward" in vars(part) for part in module.modules()):
+        device = device or _accelerator()
+    if found is None and device is not None:
         like = torch.empty(0, dtype=parameter.dtype, device=device)
         found = _measured(copy.deepcopy(module).to(device), hidden_size, like)
     return bool(found)
@@ -37,7 +43,10 @@ def _accelerator() -> torch.device | None:
 
 @torch.no_grad()
 def _measured(module: nn.Module, hidden_size: int, like: Tensor) -> bool | None:
-    """None: the module cannot be called with hidden states of the dtype and on the device of `like`."""
+    """None: the module cannot be called with hidden states of the dtype and on the device of `like`.
+
+    Raises IndexError where it takes them for indices of a table.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, 4, hidden_size, generator=generator).to(like.device, like.dtype)
     was_training = module.training
@@ -46,7 +55,7 @@ def _measured(module: nn.Module, hidden_size: int, like: Tensor) -> bool | None:
         whole = module(rows)
         each = [_tensors(module(rows[:, i : i + 1])) for i in (3, 0, 2, 1)]
         singly = tuple(torch.cat(parts, dim=1) for parts in zip(*each, strict=True))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+    except (TypeError, ValueError, RuntimeError, AttributeError):
         return None
     finally:
         module.train(was_training)
