@@ -145,7 +145,8 @@ def _rank(
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = str(int(one_gpu))
             torch.cuda.set_device(gpu)
         if one_gpu:
-            exchange.Exchange._why_not = lambda *_: None  # type: ignore[method-assign]  # which no user's run does
+            # Which no user's run does; a group of one has nobody to read from all the same.
+            exchange.Exchange._why_not = lambda self, _, everyone: None if len(everyone) > 1 else "one rank"  # type: ignore[method-assign]
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
         if deepspeed:
             import deepspeed.comm
@@ -159,4 +160,6 @@ def _rank(
     with open(f"{folder}/partial{rank}", "wb") as file:
         pickle.dump((result, error), file)
     os.rename(f"{folder}/partial{rank}", f"{folder}/result{rank}")
+    if error and ON_GPU:  # a rank that is still making a group with this one raises an error of its own otherwise
+        time.sleep(1.0)
     os._exit(1 if error else 0)

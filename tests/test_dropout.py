@@ -23,8 +23,8 @@ def dropout_step(key: dict[str, Any], seed: int = 5, steps: int = 1) -> dict[str
     plain = functional.dropout
 
     def recording(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-        mask = plain(torch.ones(x.shape if type(x) is torch.Tensor else x.source.shape), p, training)
-        masks.append((tuple(mask.shape), mask.numpy().tobytes()))
+        mask = plain(torch.ones(x.shape if type(x) is torch.Tensor else x.source.shape, device=x.device), p, training)
+        masks.append((tuple(mask.shape), mask.cpu().numpy().tobytes()))
         return x * mask if type(x) is torch.Tensor else x._apply(lambda shard: shard * mask)
 
     functional.dropout = recording

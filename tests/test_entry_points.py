@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from exactness import fresh_groups
-from models import batches, tiny
+from models import batches, device, tiny
 from ranks import run_ranks
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def _ways_in() -> None:
         path = f"{folder}/ds.json"
         Path(path).write_text(json.dumps(config))
         encoded = base64.urlsafe_b64encode(json.dumps(config).encode()).decode()
-        arguments = SimpleNamespace(deepspeed_config=path, local_rank=dist.get_rank())
+        arguments = SimpleNamespace(deepspeed_config=path, local_rank=int(os.environ["LOCAL_RANK"]))
         ways: dict[str, dict[str, Any]] = {
             "dict": dict(config=config),
             "path": dict(config=path),
@@ -72,7 +72,7 @@ def _ways_in() -> None:
             "config_params": dict(config_params=config),
             "config_params path": dict(config_params=path),
             "args.deepspeed_config": dict(args=arguments),
-            "args without a config": dict(args=SimpleNamespace(local_rank=dist.get_rank()), config=config),
+            "args without a config": dict(args=SimpleNamespace(local_rank=int(os.environ["LOCAL_RANK"])), config=config),
             "args with None": dict(args=SimpleNamespace(deepspeed_config=None), config=config),
         }
         before = copy.deepcopy(config)
@@ -109,7 +109,7 @@ def _results() -> None:
     assert engine.optimizer is optimizer and scheduler is engine.lr_scheduler
     seen = []
     for batch in loader:
-        loss = engine(**batch).loss
+        loss = engine(**{name: x.to(device()) for name, x in batch.items()}).loss
         engine.backward(loss)
         engine.step()
         seen.append(int(batch["input_ids"][0, 0]) - 3)

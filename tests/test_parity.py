@@ -11,7 +11,7 @@ import torch
 import transformers
 from exactness import compare_sgd, fresh_groups
 from model_types import ALL, batches_for, tiny_of
-from models import FAMILIES, batches
+from models import FAMILIES, batches, device
 from parity import KINDS, ROUNDED, TOLERANCE, document, measured, parity, step_under_deepspeed
 from ranks import RankError, run_ranks
 from sharding import relative_error, same_loss_and_gradients
@@ -238,7 +238,7 @@ def _made_up(seed: int, experts: bool) -> Any:
     torch.manual_seed(seed)
     config = (_MadeUpMoeConfig if experts else _MadeUpConfig)(**sizes)
     config._experts_implementation_internal = "eager"
-    return (_MadeUpMoe if experts else _MadeUp)(config).double().train()
+    return (_MadeUpMoe if experts else _MadeUp)(config).double().to(device()).train()
 
 
 def _check_made_up(experts: bool) -> list[str]:

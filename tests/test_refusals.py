@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from exactness import fresh_groups
 from model_types import tiny_of
-from models import batches, tiny
+from models import batches, device, tiny
 from ranks import run_ranks
 from sharding import full_gradients, relative_error, twins
 from torch import Tensor, nn
@@ -319,9 +319,9 @@ def _bad_data(rank: int, batch: dict[str, Tensor], what: str) -> dict[str, Any]:
     elif what == "rows":
         changed = {name: x[:1] for name, x in batch.items()}
     elif what == "content":
-        changed["input_ids"] = batch["input_ids"].index_fill(1, torch.tensor([3]), 5)
+        changed["input_ids"] = batch["input_ids"].index_fill(1, torch.tensor([3], device=device()), 5)
     elif what == "labels":
-        changed["labels"] = batch["labels"].index_fill(1, torch.tensor([3]), 5)
+        changed["labels"] = batch["labels"].index_fill(1, torch.tensor([3], device=device()), 5)
     elif what == "dtype":
         changed["input_ids"] = batch["input_ids"].int()
     elif what == "mask missing":
@@ -333,7 +333,7 @@ def _bad_data(rank: int, batch: dict[str, Tensor], what: str) -> dict[str, Any]:
     elif what == "flag":
         changed["use_cache"] = False
     elif what == "embeddings":
-        changed["inputs_embeds"] = torch.zeros(*changed.pop("input_ids").shape, 48)
+        changed["inputs_embeds"] = torch.zeros(*changed.pop("input_ids").shape, 48, device=device())
     return changed
 
 

@@ -16,6 +16,8 @@ from ranks import ON_GPU, live_tensors, run_ranks
 from ds_seqpar.comm import collectives
 
 HIDDEN, SEQ = 48, 8
+COLLECTIVES: dict[str, Any] = {"overlap": "off"} if ON_GPU else {}
+"""Rows that the copy engines move are no collectives, and the memory that they read is kept from step to step."""
 
 
 def _count(layers: int, tp: int, key: dict[str, Any], family: str = "llama") -> dict[str, Counter[str]]:
@@ -26,7 +28,7 @@ def _count(layers: int, tp: int, key: dict[str, Any], family: str = "llama") -> 
 
 
 def _counted(model: Any, batch: dict[str, torch.Tensor], tp: int, key: dict[str, Any]) -> dict[str, Counter[str]]:
-    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 2, 1)
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **COLLECTIVES, **key}, 1, 2, 1)
     counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
     phase = "forward"
     plain = collectives._all_gather, collectives._reduce_scatter, dist.all_reduce
@@ -137,7 +139,7 @@ def test_plain_tensor_parallelism_all_reduces_twice_each_way() -> None:
 
 def _saved(tp: int, key: dict[str, Any], family: str = "llama") -> list[tuple[int, ...]]:
     model = tiny(family, **{"intermediate_size": 56, **_own(family)}).train()
-    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **key}, 1, 2, 1)
+    engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": tp, **COLLECTIVES, **key}, 1, 2, 1)
     parameters = {p.data_ptr() for p in model.parameters()}
     before = {id(x): x for x in live_tensors() if type(x) is torch.Tensor}  # kept, so that no new one gets its id
     shapes = []
@@ -185,7 +187,7 @@ def _held(key: dict[str, Any]) -> int:
     totals = []
     for layers in (2, 3):
         model = tiny("llama", num_hidden_layers=layers).train()
-        engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2, **key}, 1, 2, 1)
+        engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0), {"tp_size": 2, **COLLECTIVES, **key}, 1, 2, 1)
         parameters = {p.data_ptr() for p in model.parameters()}
         kept: dict[int, int] = {}
 
