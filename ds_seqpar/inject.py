@@ -228,6 +228,8 @@ class _Injection:
             base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
             base.states, base.stream = family(self.facts.data_file).states, stream  # type: ignore[assignment]
             self._boundary(base, ShardedModel)
+            inside = (self.model.get_submodule(layer) for layer in self.plan.layers if not name or holds(name, layer))
+            self.state.partial.find_places(base, inside)
         answer_known_positions()
         if "" not in self.facts.bases:
             self._boundary(self.model, ShardedTopModel)

@@ -61,8 +61,7 @@ class TokenwiseModule:
         """The module's own, with the parameters that are summed in place of those that it holds."""
         if not (self.summed and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        held, state = [getattr(self, name) for name in self.summed], self.seqpar
-        values = state.partial.all_summed(held, state.region.together if state.region else None)
+        values = self.seqpar.partial.all_summed([getattr(self, name) for name in self.summed])
         shown = vars(self)  # found before the module's parameters are
         try:
             shown.update(zip(self.summed, values, strict=True))
@@ -193,7 +192,8 @@ class ShardedLayer:
 
     def forward(self, *args: Any, _region: TokenRegion, **kwargs: Any) -> Any:
         """The region travels as an argument, so a recompute during backward stands where its forward stood."""
-        with self.seqpar.within(_region):
+        state = self.seqpar
+        with state.within(_region), state.partial.in_layer(self, by_layer=_region.by_layer):  # type: ignore[arg-type]
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
             if isinstance(output, tuple) and isinstance(output[0], UnsummedRows):
                 return (output[0].materialise(), *output[1:])

@@ -96,7 +96,7 @@ class ShardedModel(_Guarded):
             self._refuse_attentions(kwargs)
             watched = self._watched()
             region = state.region_for(
-                *self._batch_and_seq(args, kwargs), together=not self._recomputes_reentrantly(), watched=watched
+                *self._batch_and_seq(args, kwargs), by_layer=self._recomputes_reentrantly(), watched=watched
             )
             args, kwargs = self._with_states(args, kwargs)
             fork = state.random.fork(seed + self.stream, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
@@ -104,7 +104,8 @@ class ShardedModel(_Guarded):
             shards: set[Path] = set()
             outer, self._shards = self._shards, shards
             try:
-                with state.within(region), fork, own_positions:
+                aliases = state.partial.in_model(self, by_layer=region.by_layer)  # type: ignore[arg-type]
+                with state.within(region), aliases, fork, own_positions:
                     output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             finally:
                 self._shards = outer

@@ -78,7 +78,7 @@ class FusedRMSNorm:
         x = hidden_states.materialise() if isinstance(hidden_states, Handle) else hidden_states
         eps, state, weight = self.fused_eps, self.seqpar, self.weight
         if self.weight_is_partial:
-            weight = state.partial.summed(self.weight, state.region.together if state.region else None)  # type: ignore[assignment]
+            weight = state.partial.summed(self.weight)  # type: ignore[assignment]
         # In float64 the modules themselves compute in fp32, and are right to be compared with.
         if x.dtype != weight.dtype or x.dtype is torch.float64 or torch.is_autocast_enabled(x.device.type):
             wide = x.to(torch.float32)

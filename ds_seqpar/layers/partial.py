@@ -1,13 +1,20 @@
 """Parameters whose gradient on one rank is a part of the sum that is meant.
 
-A leaf tensor hook runs once a backward pass, on the gradient of that pass, before anything accumulates or reduces it:
-that is what makes gradient accumulation and every ZeRO stage right. Post-accumulate hooks would sum the running total again.
-Parameters whose module asks for them by `summed` are summed by an autograd edge instead, all of a forward in one all-reduce.
+The sum belongs to a *use*, not to the parameter: while a forward runs, modules hold, in the place of such a parameter, an alias of
+it whose gradient an autograd edge sums over the group. What other code makes of the parameter itself (a penalty over all
+parameters, a loss of the user's) has its gradient on every rank whole, and nothing is summed; and a tensor that
+torch.func.functional_call puts in the parameter's place gets an alias like it. All of a forward are summed in one all-reduce.
+
+What ZeRO-3 holds in parts it finds by the parameter object, so that stays in its place; there a leaf tensor hook sums, once a
+backward pass, on the gradient of that pass, before anything accumulates or reduces it. Post-accumulate hooks would sum the running
+total again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +26,6 @@ from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["PartialGradients"]
-
 
 class _SumGradients(Function):
     """Identity of n parameters whose gradients are summed over the group, in fp32, in one all-reduce."""
@@ -47,10 +53,33 @@ class _SumGradients(Function):
         return (None, *(None if grad is None else next(sums).view(grad.shape).to(grad.dtype) for grad in grads))
 
 
-class PartialGradients:
-    """Sums the gradients of registered parameters over the tensor-parallel group, in fp32, once a backward pass.
+class _SumOfCopies(Function):
+    """Identity of a parameter of which only the ranks of the same `slot` hold copies; theirs are summed, in fp32."""
 
-    A parameter that is frozen now and made trainable later is caught by `arm()`, which every forward calls.
+    @staticmethod
+    def forward(ctx: Any, owner: PartialGradients, slot: int, slots: int, parameter: Tensor) -> Tensor:
+        ctx.owner, ctx.parameter, ctx.at = owner, parameter, (slot, slots)
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
+        return None, None, None, ctx.owner.total(ctx.parameter, grad, *ctx.at)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module holds a registered parameter: `held[key]`."""
+
+    held: dict[str, Any]
+    key: str
+    slot: int
+    slots: int
+
+
+class PartialGradients:
+    """Sums the gradients of registered parameters over the tensor-parallel group, in fp32, once a use or once a forward.
+
     `observer`, where it is set, is shown every parameter with the gradient that this rank brings to its sum.
     """
 
@@ -58,72 +87,115 @@ class PartialGradients:
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
-        self._waiting: list[tuple[nn.Parameter, int, int]] = []
+        self._registered: dict[int, tuple[nn.Parameter, int, int]] = {}
         self._hooks: dict[int, RemovableHandle] = {}
         self._taken_over: list[nn.Parameter] = []
+        self._inside: dict[int, list[_Place]] = {}  # by id of a layer: the places in it
+        self._around: dict[int, list[_Place]] = {}  # by id of a base model: the places in it that no layer holds
+        self._whole: dict[int, list[_Place]] = {}  # by id of a base model: all but those of copies
+        self._aliases: set[int] = set()  # ids of what stands in a parameter's place now
 
     def add(self, parameter: nn.Parameter, slot: int = 0, slots: int = 1) -> None:
         """Registers a parameter. With `slots` > 1 only the ranks of the same `slot` hold copies and are summed."""
-        self._waiting.append((parameter, slot, slots))
-        self.arm()
+        self._registered[id(parameter)] = (parameter, slot, slots)
+
+    def find_places(self, base: nn.Module, layers: Iterable[nn.Module]) -> None:
+        """Looks up where the modules of a base model, and of its layers, hold registered parameters, once all are registered."""
+        layers = list(layers)
+        inside: set[int] = set()
+        for layer in layers:
+            inside.update(map(id, layer.modules()))
+            self._inside[id(layer)] = self._places(layer.modules())
+        self._around[id(base)] = self._places(m for m in base.modules() if id(m) not in inside)
+        self._whole[id(base)] = [place for place in self._places(base.modules()) if place.slots == 1]
+
+    def _places(self, modules: Iterable[nn.Module]) -> list[_Place]:
+        return [
+            _Place(module._parameters, key, *self._registered[id(parameter)][1:])
+            for module in modules
+            for key, parameter in module._parameters.items()
+            if id(parameter) in self._registered
+        ]
 
     def arm(self) -> None:
-        """Puts the hook on every registered parameter that has become trainable."""
-        frozen = []
-        for parameter, slot, slots in self._waiting:
-            if parameter.requires_grad:
+        """Puts a hook on every registered parameter that ZeRO-3 holds and that has become trainable. Every forward calls it."""
+        if not any(hasattr(parameter, "ds_id") for parameter, *_ in list(self._registered.values())[:1]):
+            return
+        for parameter, slot, slots in self._registered.values():
+            if parameter.requires_grad and id(parameter) not in self._hooks and not self.sums_uses_of(parameter):
                 self._hooks[id(parameter)] = parameter.register_hook(
-                    lambda grad, parameter=parameter, slot=slot, slots=slots: self._sum(parameter, grad, slot, slots)
+                    lambda grad, parameter=parameter, slot=slot, slots=slots: self.total(parameter, grad, slot, slots)
                 )
-            else:
-                frozen.append((parameter, slot, slots))
-        self._waiting = frozen
 
     def take_over(self, parameter: nn.Parameter) -> bool:
         """Whether `parameter` is registered; if so its module promises to use `summed(parameter)` and nothing else."""
-        handle = self._hooks.pop(id(parameter), None)
-        waiting = [entry for entry in self._waiting if entry[0] is not parameter]
-        if self.sums_uses_of(parameter):
-            return True  # shared by two modules
-        found = handle is not None or len(waiting) < len(self._waiting)
-        self._waiting = waiting
-        if handle is not None:
-            handle.remove()
-        if found:
+        if id(parameter) not in self._registered:
+            return False
+        if not self.sums_uses_of(parameter):
             self._taken_over.append(parameter)
-        return found
+        return True
 
     def sums_uses_of(self, parameter: nn.Parameter) -> bool:
-        """Whether modules sum the gradients of their own use of `parameter`, which was taken over."""
+        """Whether modules sum the gradients of their own use of `parameter` themselves, which was taken over."""
         return any(p is parameter for p in self._taken_over)
 
-    def together(self) -> dict[int, Tensor]:
-        """id of a parameter -> the same values, for one forward; all gradients are summed in one all-reduce.
+    @contextmanager
+    def in_model(self, base: nn.Module, *, by_layer: bool) -> Iterator[None]:
+        """Aliases in all places of a base model, while its forward runs; all their gradients are summed in one all-reduce.
 
-        Leaves out what ZeRO-3 holds in parts, whose values are there only while its module runs.
+        `by_layer`: layers have backward passes of their own, so that each makes the aliases in it by itself.
         """
-        here = [p for p in self._taken_over if p.requires_grad and not hasattr(p, "ds_id")]
-        if not here or not torch.is_grad_enabled():
-            return {}
-        return {id(p): x for p, x in zip(here, _SumGradients.apply(self, *here), strict=True)}  # type: ignore[no-untyped-call]
+        with self._shown((self._around if by_layer else self._whole).get(id(base), [])):
+            yield
 
-    def summed(self, parameter: nn.Parameter, together: Mapping[int, Tensor] | None) -> Tensor:
+    @contextmanager
+    def in_layer(self, layer: nn.Module, *, by_layer: bool) -> Iterator[None]:
+        """Aliases in the places of a layer that the model's forward leaves to it."""
+        with self._shown([place for place in self._inside.get(id(layer), []) if by_layer or place.slots > 1]):
+            yield
+
+    @contextmanager
+    def _shown(self, places: Sequence[_Place]) -> Iterator[None]:
+        if not (places and torch.is_grad_enabled()):
+            yield
+            return
+        held = [(place, place.held[place.key]) for place in places]
+        trained = {
+            id(p): (p, place) for place, p in held if p.requires_grad and id(p) not in self._aliases and not hasattr(p, "ds_id")
+        }
+        together = {name: p for name, (p, place) in trained.items() if place.slots == 1}
+        aliases = dict(zip(together, self._edges(*together.values()), strict=True))
+        for name, (p, place) in trained.items():
+            if place.slots > 1:
+                aliases[name] = _SumOfCopies.apply(self, place.slot, place.slots, p)  # type: ignore[no-untyped-call]
+        shown = {id(alias) for alias in aliases.values()}
+        self._aliases |= shown
+        for place, p in held:
+            place.held[place.key] = aliases.get(id(p), p)
+        try:
+            yield
+        finally:
+            for place, p in held:
+                place.held[place.key] = p
+            self._aliases -= shown
+
+    def _edges(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return _SumGradients.apply(self, *parameters) if parameters else ()  # type: ignore[no-untyped-call]
+
+    def summed(self, parameter: Tensor) -> Tensor:
         """`parameter` as a module that took it over must use it: with the sum of its gradients over the group."""
-        if together is not None and id(parameter) in together:
-            return together[id(parameter)]
-        if not (parameter.requires_grad and torch.is_grad_enabled()):
-            return parameter
-        return _SumGradients.apply(self, parameter)[0]  # type: ignore[no-any-return, no-untyped-call]
+        return self.all_summed([parameter])[0]
 
-    def all_summed(self, parameters: Sequence[nn.Parameter], together: Mapping[int, Tensor] | None) -> list[Tensor]:
-        """`summed` of each of a module's parameters, in one all-reduce where `together` does not have them."""
-        ready = dict(together or {})
-        trained = [p for p in parameters if p.requires_grad and id(p) not in ready]
-        if trained:
-            ready |= {id(p): x for p, x in zip(trained, _SumGradients.apply(self, *trained), strict=True)}  # type: ignore[no-untyped-call]
+    def all_summed(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """`summed` of each of a module's parameters, in one all-reduce; what stands there as an alias is summed already."""
+        if not torch.is_grad_enabled():
+            return list(parameters)
+        bare = [p for p in parameters if p.requires_grad and id(p) not in self._aliases]
+        ready = {id(p): alias for p, alias in zip(bare, self._edges(*bare), strict=True)}
         return [ready.get(id(p), p) for p in parameters]
 
-    def _sum(self, parameter: nn.Parameter, grad: Tensor, slot: int, slots: int) -> Tensor:
+    def total(self, parameter: nn.Parameter, grad: Tensor, slot: int, slots: int) -> Tensor:
+        """The sum of `grad` over the ranks of the group that hold the same `slot` of `slots`. Collective."""
         if self.observer is not None:
             self.observer(parameter, grad)
         if slots == 1:

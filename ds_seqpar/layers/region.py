@@ -6,7 +6,7 @@ Legend: b batch, s sequence, T = b*s tokens, t tp_size, c = ceil(T/t), h hidden.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -40,7 +40,8 @@ class TokenRegion:
 
     `exchange` moves the rows; a region that is not cut needs none. `summed_later`: the gradient of a column-parallel
     linear's input stays this rank's part, because the gather that the input came from sums it.
-    `together`: see PartialGradients.together. `apart`: see ShardingState; a recompute groups linears as its forward did.
+    `by_layer`: layers have backward passes of their own, see PartialGradients. `apart`: see ShardingState; a recompute groups
+    linears as its forward did.
     `watched`: ids of modules whose hooks see plain tensors, see layers/models.py; of the forward's start, so that a recompute repeats it.
     `early`: gradients whose gathering starts where they are made.
     """
@@ -51,7 +52,7 @@ class TokenRegion:
     groups: ParallelGroups
     exchange: Exchange | None = None
     summed_later: bool = False
-    together: Mapping[int, Tensor] | None = field(default=None, compare=False, repr=False)
+    by_layer: bool = field(default=False, compare=False)
     apart: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
     watched: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
     early: EarlyGatherings | None = field(default=None, compare=False, repr=False)
@@ -138,20 +139,18 @@ class ShardingState:
         )
 
     def region_for(
-        self, batch: int, seq: int, *, together: bool = True, watched: frozenset[int] = frozenset()
+        self, batch: int, seq: int, *, by_layer: bool = False, watched: frozenset[int] = frozenset()
     ) -> TokenRegion:
         """The region of a forward over [b, s] tokens.
 
         Tokens are cut whenever a gradient may be asked for, so that a parameter's kind never depends on the call;
-        without gradients, single-token decoding runs as plain tensor parallelism. `together`: the gradients of norms may be
-        summed in one backward node of the whole forward, which is wrong where layers have backward passes of their own.
+        without gradients, single-token decoding runs as plain tensor parallelism.
         """
         self.early.let_go()
         cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
-        sums = self.partial.together() if together else None
         return TokenRegion(
             batch, seq, cut, self.groups, self.exchange,
-            together=sums, apart=self.apart, watched=watched, early=None if self.guard.any_hooked else self.early,
+            by_layer=by_layer, apart=self.apart, watched=watched, early=None if self.guard.any_hooked else self.early,
         )  # fmt: skip
 
     @contextmanager
