@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint", "gpu_hash", "has_readable_content", "leaves"]
+__all__ = ["fingerprint", "gpu_hash", "has_readable_content", "leaves", "tensors_in"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.Size, type(None), np.ndarray, np.generic)
 _DEPTH = 16  # an object that refers to itself in ever new copies
@@ -22,7 +22,12 @@ class _OwnHeads:
     """A tensor of a cache: this rank's heads, so that neither their number nor their values are the other ranks'."""
 
     def __init__(self, x: Tensor) -> None:
-        self.about = f"{x.dtype} {[*x.shape[:1], *x.shape[2:]]} beside the heads"
+        self.tensor = x
+        self.about = f"{x.dtype} {[*x.shape[:1], *x.shape[2:]]} beside the heads{_trained(x)}"
+
+
+def _trained(x: Tensor) -> str:
+    return " that needs a gradient" if x.requires_grad else ""
 
 
 def leaves(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,6 +37,15 @@ def leaves(inputs: Mapping[str, Any]) -> dict[str, Any]:
     attributes (a device, a time, a name) may be a rank's own. Caches of keys and values hold a rank's own heads.
     """
     return {path: x for name, value in inputs.items() for path, x in _leaves(name, value, _is_cache(name, value), ())}
+
+
+def tensors_in(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of every tensor in `inputs`, caches included."""
+    for path, x in leaves(inputs).items():
+        if isinstance(x, Tensor):
+            yield path, x
+        elif isinstance(x, _OwnHeads):
+            yield path, x.tensor
 
 
 def _leaves(path: str, x: Any, cache: bool, around: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
@@ -84,7 +98,7 @@ def has_readable_content(x: Any) -> bool:
 def fingerprint(x: Any) -> str:
     """Type, shape and content of a leaf; a GPU's content is left out, see `gpu_hash`."""
     if isinstance(x, Tensor):
-        about = f"{x.dtype} {list(x.shape)}"
+        about = f"{x.dtype} {list(x.shape)}{_trained(x)}"
         if x.device.type != "cpu" or not has_readable_content(x):
             return about
         plain = x.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)

@@ -29,12 +29,13 @@ class InputGuard:
         self._groups = groups
         self._late: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
         self.any_hooked = False  # whether any rank was in the last check
+        self.any_users_hooks = False
 
-    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, seeds: bool, hooked: bool = False) -> int:
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, seeds: bool, hooked: bool = False, users_hooks: bool = False) -> int:
         """Raises DataMismatchError on every rank if any rank's inputs differ; returns a seed equal on all ranks.
 
         `seeds`: whether the seed is wanted; it is made of the default generator's state on the group's first rank. `hooked`: whether
-        hooks of this rank see the model's modules, see `any_hooked`.
+        hooks of this rank see the model's modules, see `any_hooked`; `users_hooks`: whether some are the user's.
         """
         self._check_late()
         inputs = {f"argument {i}": x for i, x in enumerate(args)} | dict(kwargs)
@@ -42,7 +43,8 @@ class InputGuard:
         found = leaves(inputs)
         prints = {path: fingerprint(x) for path, x in sorted(found.items())}
         mine = torch.tensor(
-            [zlib.crc32(repr(prints).encode()), seed_of_state() if seeds else 0, int(hooked)], dtype=torch.int64
+            [zlib.crc32(repr(prints).encode()), seed_of_state() if seeds else 0, hooked + 2 * users_hooks],
+            dtype=torch.int64,
         )
         everyone = [torch.empty_like(mine) for _ in range(self._groups.tp_size)]
         agreed = dist.all_gather(everyone, mine, group=self._groups.tp_cpu_group, async_op=True)
@@ -52,13 +54,19 @@ class InputGuard:
         if any(int(theirs[0]) != int(everyone[0][0]) for theirs in everyone):
             raise DataMismatchError(self._explain(prints))
         self.any_hooked = any(int(theirs[2]) for theirs in everyone)
+        self.any_users_hooks = any(int(theirs[2]) >= 2 for theirs in everyone)
         if hashes is not None:
             self._start_late(hashes, list(on_gpu))
         return int(everyone[0][1])
 
-    def _explain(self, prints: dict[str, str]) -> str:
+    def everyones(self, mine: Any) -> list[Any]:
+        """What each rank of the group says. Collective."""
         everyone: list[Any] = [None] * self._groups.tp_size
-        dist.all_gather_object(everyone, prints, group=self._groups.tp_cpu_group)
+        dist.all_gather_object(everyone, mine, group=self._groups.tp_cpu_group)
+        return everyone
+
+    def _explain(self, prints: dict[str, str]) -> str:
+        everyone = self.everyones(prints)
         names = sorted(set().union(*everyone))
         first = next(name for name in names if len({p.get(name) for p in everyone}) > 1)
         ranks = dist.get_process_group_ranks(self._groups.tp_group)

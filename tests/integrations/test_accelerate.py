@@ -151,7 +151,7 @@ def _batches_at_random(workers: int) -> list[list[int]]:
     return [batch["input_ids"].flatten().tolist() for _ in range(2) for batch in loader]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_ranks_that_are_seeded_apart_collate_alike_in_a_group_and_apart_between_groups(workers: int) -> None:
     a, b, c, d = run_ranks(4, _batches_at_random, workers, timeout=120)
     assert a == b and c == d and len(a) == len(c) == 4

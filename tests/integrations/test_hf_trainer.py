@@ -129,7 +129,7 @@ def test_two_groups_of_two_take_the_batches_of_two_plain_ranks(model: str, tmp_p
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_collators_that_draw_random_numbers_draw_alike_in_a_group_and_apart_between_groups(
     model: str, tmp_path: Path, world: int, workers: int
 ) -> None:
