@@ -98,8 +98,11 @@ class _KnownLeaves:
 
     def __call__(self, leaf: Tensor, user: Node) -> bool:
         entry = self._entries.get(id(leaf))
-        if entry is None:  # rows that were made a leaf here, as PEFT does with embeddings, are this rank's own
-            return not isinstance(leaf, nn.Parameter) and tuple(leaf.shape[:2]) == self._rows
+        if entry is None:
+            # Model code makes leaves too, and throws them away: T5 its position biases, where layers are recomputed. Rows that were
+            # made a leaf, as PEFT does with embeddings, are this rank's own.
+            own_rows = tuple(leaf.shape[:2]) == self._rows
+            return not isinstance(leaf, nn.Parameter) and (self._spans is None or own_rows)
         if self._spans is None:
             return True
         if id(leaf) in self._looked_up:
