@@ -25,7 +25,18 @@ from ds_seqpar.comm.regions import _GatherForPartial
 from ds_seqpar.engine import sharding
 from ds_seqpar.inject import _Injection
 from ds_seqpar.kernels.addition import PassedGradient
-from ds_seqpar.layers import blocks, boundaries, loss, norm, partial, products, token_operations
+from ds_seqpar.layers import (
+    blocks,
+    boundaries,
+    fingerprints,
+    hooked,
+    loss,
+    models,
+    norm,
+    partial,
+    products,
+    token_operations,
+)
 from ds_seqpar.layers.blocks import SummedBlock, WholeBlock
 from ds_seqpar.layers.embedding import VocabParallelEmbedding, _RowsOfVocabulary
 from ds_seqpar.layers.guard import InputGuard
@@ -520,4 +531,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a moment is lost on one rank", _optimizer(_forgets_moment), by="replicas", verify=False),
     Mutant("random numbers are drawn on one rank only", _optimizer(_draws_on_one), by="replicas", verify=False),
     Mutant("one rank is given other data", _swap(InputGuard, "check", _other_data), by="data guard"),
+    Mutant("containers of tensors are compared by their type", _swap(fingerprints, "_parts", lambda parts: lambda x: ([], True)),
+        by="nested data", verify=False),
+    Mutant("gradients that leave by hooks stay parts", _swap(hooked, "sum_leaving", lambda edge: lambda found, group: None),
+        by="users' tensors", verify=False),
+    Mutant("a trainable mask's gradient is that of a rank's heads", _swap(models, "with_edges", _identity), by="users' tensors",
+        verify=False),
 )  # fmt: skip

@@ -17,7 +17,7 @@ from exactness import compare_adamw, compare_sgd
 from mutants import MUTANTS, Mutant
 from ranks import run_ranks
 from replicas import train_with_checks
-from sharding import proven
+from sharding import proven, relative_error, twins
 from test_dropout import dropout_step, masks_of_parts_differ, masks_of_replicas_agree
 
 from ds_seqpar import DataMismatchError
@@ -31,6 +31,8 @@ TESTS = {
     "clipped steps": "tests/test_matrix.py: gradient norms of clipped AdamW steps",
     "replicas": "tests/checks/test_replicas.py: the replica check",
     "data guard": "tests/test_refusals.py: DataMismatchError",
+    "nested data": "tests/layers/test_input_guard.py: DataMismatchError",
+    "users' tensors": "tests/layers/test_users_tensors.py: gradients of what hooks and arguments bring in",
     "dropout apart": "tests/test_dropout.py: masks differ between ranks",
     "dropout alike": "tests/test_dropout.py: masks differ by head only",
 }
@@ -130,11 +132,33 @@ def _dropout(key: dict[str, Any], judge: Callable[[Any, Any], None]) -> str:
     return ""
 
 
+def _nested(mutant: Mutant) -> str:
+    model, _ = twins(mutant.family)
+    try:
+        model.seqpar.guard.check((), {"masks": {"full": torch.full((2,), float(dist.get_rank()))}}, seeds=False)
+    except DataMismatchError:
+        return ""
+    return "masks['full'] of other ranks passed the guard"
+
+
+def _users_tensors(mutant: Mutant) -> str:
+    ids, trained = torch.arange(7).view(1, 7), []
+    for model in twins(mutant.family):
+        torch.manual_seed(1)
+        vector, mask = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((48,), (1, 1, 7, 7)))
+        model.model.layers[0].register_forward_hook(lambda module, args, out, vector=vector: out + vector)
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        trained.append({"a hook's vector": vector.grad, "a mask": mask.grad})
+    return _worst({name: relative_error(mine, trained[1][name]) for name, mine in trained[0].items()})
+
+
 CHECKS: dict[str, Callable[[Mutant], str]] = {
     "step": _step,
     "data guard": _step,
     "clipped steps": _clipped,
     "replicas": _replicas,
+    "nested data": _nested,
+    "users' tensors": _users_tensors,
     "dropout apart": lambda _: _dropout({}, masks_of_parts_differ),
     "dropout alike": lambda _: _dropout({"sequence_parallel": False}, masks_of_replicas_agree),
 }

@@ -9,6 +9,7 @@ Legend: b batch, s sequence, h hidden, c = ceil(b*s/t).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,12 +45,18 @@ class TokenwiseModule:
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """TokenShard -> TokenShard; a plain [b, s, h] of the running forward too, while training; other tensors as before."""
-        call, state = super().__call__, self.seqpar  # type: ignore[misc]
+        with self.seqpar.hooks_see_rows():
+            return self._called(super().__call__, input, *args, **kwargs)  # type: ignore[misc]
+
+    def _called(self, call: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = self.seqpar
         if isinstance(input, TokenShard):
             output = call(input.local(), *args, **kwargs)
             narrower = input._expected or output.shape[-1] < input.shape[-1]
             return TokenShard(output, input.region, state, meant_whole=narrower)
         if not (state.sequence_parallel and torch.is_grad_enabled()):
+            return call(input, *args, **kwargs)  # type: ignore[no-any-return]
+        if state.hook_spans is not None and _is_own_rows(input, state.region):  # of a hook, which was shown them
             return call(input, *args, **kwargs)  # type: ignore[no-any-return]
         if _is_all_tokens(input, state.region):
             assert state.region is not None
@@ -98,6 +105,11 @@ class TokenDropout:
 
 def _is_all_tokens(x: Tensor, region: TokenRegion | None) -> bool:
     return region is not None and x.dim() == 3 and tuple(x.shape[:2]) == (region.batch, region.seq)
+
+
+def _is_own_rows(x: Tensor, region: TokenRegion | None) -> bool:
+    rows = x.dim() == 3 and region is not None and region.cut and tuple(x.shape[:2]) == region.local_shape(1)[:2]
+    return rows and not _is_all_tokens(x, region)
 
 
 class ShardedBlock:
@@ -175,7 +187,8 @@ class ShardedLayer:
             local = region.local_of_replicated(hidden_states)
         rest = [self._local(name, x, region) for name, x in zip(names, rest, strict=False)]
         kwargs = {name: self._local(name, x, region) for name, x in kwargs.items()}
-        output = super().__call__(local, *rest, _region=region, **kwargs)  # type: ignore[misc]
+        with self.seqpar.hooks_see_rows():
+            output = super().__call__(local, *rest, _region=region, **kwargs)  # type: ignore[misc]
         if isinstance(output, tuple):
             return (self._wrapped(output[0], region), *output[1:])
         return self._wrapped(output, region)

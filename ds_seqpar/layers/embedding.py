@@ -35,7 +35,8 @@ class VocabParallelEmbedding(nn.Embedding):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """ids -> embeddings; a shard leaves wrapped, after the module's hooks have seen it plain."""
-        output = super().__call__(*args, **kwargs)
+        with self.seqpar.hooks_see_rows():
+            output = super().__call__(*args, **kwargs)
         region, ids = self.seqpar.region, args[0] if args else kwargs["input"]
         if region is None or not region.cut or ids.shape != (region.batch, region.seq):
             return output  # type: ignore[no-any-return]

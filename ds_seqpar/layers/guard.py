@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataMismatchError
 from ..groups import ParallelGroups
+from .fingerprints import fingerprint, gpu_hash, has_readable_content, leaves
 from .random import seed_of_state
 
 __all__ = ["InputGuard"]
@@ -28,35 +29,44 @@ class InputGuard:
         self._groups = groups
         self._late: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
         self.any_hooked = False  # whether any rank was in the last check
+        self.any_users_hooks = False
 
-    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, seeds: bool, hooked: bool = False) -> int:
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, seeds: bool, hooked: bool = False, users_hooks: bool = False) -> int:
         """Raises DataMismatchError on every rank if any rank's inputs differ; returns a seed equal on all ranks.
 
         `seeds`: whether the seed is wanted; it is made of the default generator's state on the group's first rank. `hooked`: whether
-        hooks of this rank see the model's modules, see `any_hooked`.
+        hooks of this rank see the model's modules, see `any_hooked`; `users_hooks`: whether some are the user's.
         """
         self._check_late()
         inputs = {f"argument {i}": x for i, x in enumerate(args)} | dict(kwargs)
         inputs |= {"the training mode": seeds, "the gradient mode": torch.is_grad_enabled()}
-        prints = {name: _fingerprint(x) for name, x in sorted(inputs.items())}
+        found = leaves(inputs)
+        prints = {path: fingerprint(x) for path, x in sorted(found.items())}
         mine = torch.tensor(
-            [zlib.crc32(repr(prints).encode()), seed_of_state() if seeds else 0, int(hooked)], dtype=torch.int64
+            [zlib.crc32(repr(prints).encode()), seed_of_state() if seeds else 0, hooked + 2 * users_hooks],
+            dtype=torch.int64,
         )
         everyone = [torch.empty_like(mine) for _ in range(self._groups.tp_size)]
         agreed = dist.all_gather(everyone, mine, group=self._groups.tp_cpu_group, async_op=True)
-        on_gpu = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.is_cuda}
-        hashes = torch.stack([_gpu_hash(x) for x in on_gpu.values()]) if on_gpu else None
+        on_gpu = {path: x for path, x in found.items() if has_readable_content(x) and x.is_cuda}
+        hashes = torch.stack([gpu_hash(x) for x in on_gpu.values()]) if on_gpu else None
         agreed.wait()
         if any(int(theirs[0]) != int(everyone[0][0]) for theirs in everyone):
             raise DataMismatchError(self._explain(prints))
         self.any_hooked = any(int(theirs[2]) for theirs in everyone)
+        self.any_users_hooks = any(int(theirs[2]) >= 2 for theirs in everyone)
         if hashes is not None:
             self._start_late(hashes, list(on_gpu))
         return int(everyone[0][1])
 
-    def _explain(self, prints: dict[str, str]) -> str:
+    def everyones(self, mine: Any) -> list[Any]:
+        """What each rank of the group says. Collective."""
         everyone: list[Any] = [None] * self._groups.tp_size
-        dist.all_gather_object(everyone, prints, group=self._groups.tp_cpu_group)
+        dist.all_gather_object(everyone, mine, group=self._groups.tp_cpu_group)
+        return everyone
+
+    def _explain(self, prints: dict[str, str]) -> str:
+        everyone = self.everyones(prints)
         names = sorted(set().union(*everyone))
         first = next(name for name in names if len({p.get(name) for p in everyone}) > 1)
         ranks = dist.get_process_group_ranks(self._groups.tp_group)
@@ -88,25 +98,3 @@ class InputGuard:
                 f"{wrong[0]} of the previous forward differed between the ranks of one tensor-parallel group; all "
                 f"{self._groups.tp_size} ranks must be given the same batch: shard the data by rank // {self._groups.tp_size}"
             )
-
-
-def _fingerprint(x: Any) -> str:
-    if isinstance(x, Tensor):
-        about = f"{x.dtype} {list(x.shape)}"
-        if x.device.type != "cpu" or type(x) is not Tensor:
-            return about
-        content = bytes(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()) if x.numel() else b""
-        return f"{about} #{zlib.crc32(content):08x}"
-    if x is None or isinstance(x, bool | int | float | str):
-        return repr(x)
-    return type(x).__name__
-
-
-def _gpu_hash(x: Tensor) -> Tensor:
-    flat = x.detach().reshape(-1)
-    if flat.dtype.is_floating_point:
-        flat = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    if flat.numel() > 2**22:  # position by position only where it costs nothing
-        return flat.sum(dtype=torch.int64)
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.int64)
-    return (flat.to(torch.int64) * weights).sum()

@@ -8,21 +8,27 @@ Legend: b batch, s sequence, h hidden.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
+from torch.utils.hooks import RemovableHandle
 
 from ..comm.regions import copy_for_partial
 from ..errors import CheckpointError, PlanError, SeqParError
+from .blocks import WholeBlock
 from .boundaries import ShardedBlock, ShardedLayer
+from .hooked import settle_hooks
 from .masking import positions_of_the_model
 from .passages import HidesHandles, Path, map_tensors
 from .region import ShardingState
 from .surgery import parameters_of
 from .token_handles import TokenShard
+from .users_tensors import has_users_hooks, hooks_on_all_modules, refuse_arguments, with_edges
 
 __all__ = ["ShardedModel", "ShardedTopModel"]
 
@@ -56,22 +62,51 @@ class _Guarded:
                 count += math.prod(entries[id(parameter)].shape)
         return count
 
-    _modules_below: list[nn.Module] | None = None
+    _all_modules: list[nn.Module] | None = None
+    _users_hooks: tuple[int, bool] | None = None
 
     @contextmanager
-    def _guarded(self, args: Any, kwargs: Any) -> Iterator[int]:
+    def _guarded(self, args: Any, kwargs: Any) -> Iterator[tuple[int, Any, Any]]:
+        """(a seed equal on all ranks, the arguments, with the edges that their gradients need)."""
         state = self.seqpar
         if state.guarded_seed is not None:
-            yield state.guarded_seed
+            yield state.guarded_seed, args, kwargs
             return
-        if self._modules_below is None:
-            self._modules_below = list(self.modules())[1:]  # type: ignore[attr-defined]
-        hooked = any(map(_is_watched, self._modules_below))
-        state.guarded_seed = state.guard.check(args, kwargs, seeds=self.training, hooked=hooked)  # type: ignore[attr-defined]
+        if self._all_modules is None:
+            self._all_modules = list(self.modules())  # type: ignore[attr-defined]
+        hooked = any(map(_is_watched, self._all_modules[1:]))
+        state.guarded_seed = state.guard.check(
+            args, kwargs, seeds=self.training, hooked=hooked, users_hooks=self._has_users_hooks(self._all_modules)  # type: ignore[attr-defined]
+        )
         try:
-            yield state.guarded_seed
+            state.hook_spans = [] if state.guard.any_users_hooks and torch.is_grad_enabled() else None
+            yield state.guarded_seed, *self._with_edges(args, kwargs)
         finally:
-            state.guarded_seed = None
+            state.guarded_seed = state.hook_spans = None
+
+    def _has_users_hooks(self, modules: list[nn.Module]) -> bool:
+        """Looked for again whenever a hook was registered: ZeRO-3 has some on every module."""
+        newest = RemovableHandle.next_id
+        if self._users_hooks is None or self._users_hooks[0] != newest:
+            self._users_hooks = newest, hooks_on_all_modules() or any(map(has_users_hooks, modules))
+        return self._users_hooks[1]
+
+    def _with_edges(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        state, names = self.seqpar, parameters_of(type(self).forward)  # type: ignore[attr-defined]
+        modules = self._all_modules or []
+        refuse_arguments(
+            dict(zip(names, args, strict=False)) | kwargs,
+            mask_is_part=lambda: not any(isinstance(m, WholeBlock) for m in modules),
+            is_parameter=lambda x: id(x) in state.entries,
+        )
+
+        def edged(name: str, x: Any) -> Any:
+            return with_edges(x, state.groups.tp_group) if name == "attention_mask" else x
+
+        args = (*map(edged, names, args), *args[len(names) :])
+        return args, {name: edged(name, x) for name, x in kwargs.items()}
 
 
 class ShardedModel(_Guarded):
@@ -85,6 +120,7 @@ class ShardedModel(_Guarded):
 
     _shards: set[Path] | None = None  # where in the output of the call that is running the shards are
     _sharded: dict[str, nn.Module] | None = None
+    _looked_at = False  # a first forward's graph, in which there may be what came by no hook
     _seen_through: list[tuple[int, list[nn.Module]]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,12 +128,12 @@ class ShardedModel(_Guarded):
         state = self.seqpar
         state.partial.arm()
         self._refuse_replaced()
-        with self._guarded(args, kwargs) as seed:
+        with self._guarded(args, kwargs) as (seed, args, kwargs):
             self._refuse_attentions(kwargs)
-            watched = self._watched()
-            region = state.region_for(
-                *self._batch_and_seq(args, kwargs), by_layer=self._recomputes_reentrantly(), watched=watched
-            )
+            watched, reentrant = self._watched(), self._recomputes_reentrantly()
+            given, since = (args, kwargs), _get_sequence_nr()
+            state.hook_spans = None if state.hook_spans is None else []
+            region = state.region_for(*self._batch_and_seq(args, kwargs), by_layer=reentrant, watched=watched)
             args, kwargs = self._with_states(args, kwargs)
             fork = state.random.fork(seed + self.stream, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
             own_positions = positions_of_the_model() if self._only_tokens(args, kwargs) else nullcontext()
@@ -109,6 +145,9 @@ class ShardedModel(_Guarded):
                     output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             finally:
                 self._shards = outer
+            if torch.is_grad_enabled() and (state.guard.any_users_hooks or not self._looked_at):
+                settle_hooks(self, output, given, since, region, reentrant=reentrant)
+                self._looked_at = True
         if not region.cut:
             return output
         local = region.local_shape(self.hidden_size)  # type: ignore[attr-defined]
@@ -128,7 +167,10 @@ class ShardedModel(_Guarded):
                 self._shards.add(path)
             return x.local()
 
-        return map_tensors(super().forward(*args, **kwargs), held)  # type: ignore[misc]
+        output = map_tensors(super().forward(*args, **kwargs), held)  # type: ignore[misc]
+        if self.seqpar.hook_spans is not None:  # from here on the hooks of this module run
+            self.seqpar.hook_spans.append((_get_sequence_nr(), sys.maxsize))
+        return output
 
     def _only_tokens(self, args: Any, kwargs: Any) -> bool:
         """Whether the model was given nothing that its positions could depend on but the number of tokens."""
@@ -223,7 +265,7 @@ class ShardedTopModel(_Guarded, HidesHandles):
 
         What stands outside the base model (a vision tower, a classifier's dropout) is replicated, and draws alike on every rank.
         """
-        with self._guarded(args, kwargs) as seed:
+        with self._guarded(args, kwargs) as (seed, args, kwargs):
             fork = self.seqpar.random.fork(seed, per_rank=False) if self.training else nullcontext()  # type: ignore[attr-defined]
             with fork:
                 return super().__call__(*args, **kwargs)

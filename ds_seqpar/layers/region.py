@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
 
 from ..comm.exchange import Exchange
 from ..comm.regions import (
@@ -122,6 +123,7 @@ class ShardingState:
     in_block: bool = False
     block_forked: bool = False  # the running block opened a random stream of its own
     sums_rows_later: bool = False  # the running block's outputs go to the layer's code alone, see UnsummedRows
+    hook_spans: list[tuple[int, int]] | None = None  # see `hooks_see_rows`; None where no hooks are the user's
     generation: int = 0  # how often the weights have changed
     apart: frozenset[int] = (
         frozenset()
@@ -152,6 +154,17 @@ class ShardingState:
             batch, seq, cut, self.groups, self.exchange,
             by_layer=by_layer, apart=self.apart, watched=watched, early=None if self.guard.any_hooked else self.early,
         )  # fmt: skip
+
+    @contextmanager
+    def hooks_see_rows(self) -> Iterator[None]:
+        """Notes between which of autograd's sequence numbers a module ran whose hooks see this rank's rows."""
+        spans = self.hook_spans
+        if spans is None:
+            yield
+            return
+        begun = _get_sequence_nr()
+        yield
+        spans.append((begun, _get_sequence_nr()))
 
     @contextmanager
     def within(self, region: TokenRegion | None) -> Iterator[None]:

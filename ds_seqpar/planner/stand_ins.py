@@ -63,11 +63,15 @@ def fake_groups(tp_size: int, tp_rank: int = 0) -> Iterator[ParallelGroups]:
 class AlikeInputs:
     """In place of InputGuard: there are no other ranks to compare with."""
 
-    any_hooked = False
+    any_hooked = any_users_hooks = False
 
-    def check(self, args: Any, kwargs: Any, *, seeds: bool, hooked: bool = False) -> int:
+    def check(self, args: Any, kwargs: Any, **about: bool) -> int:
         """Any seed will do."""
         return 0
+
+    def everyones(self, mine: Any) -> list[Any]:
+        """This rank alone."""
+        return [mine]
 
 
 class NoRandom:

@@ -1,11 +1,11 @@
 """accelerate: the key is translated when the DeepSpeed config is read, so that everything built from it knows tp_size.
 
 DeepSpeed's `tensor_parallel.autotp_size` already makes accelerate give the ranks of a tensor-parallel group the same batches
-of a map-style data set. What it leaves wrong is put right here: batch sizes counted over all ranks, iterable data sets,
-metrics gathered with copies, schedulers stepped once a rank, state dicts.
+of a map-style data set. What it leaves wrong is put right here: batch sizes counted over all ranks, iterable data sets, random
+numbers of collators and workers, metrics gathered with copies, schedulers stepped once a rank, state dicts.
 
 Private names it relies on, each held by a contract test:
-`Accelerator._prepare_deepspeed`, `AcceleratorState.ds_device_mesh`, `DeepSpeedPlugin.deepspeed_config`.
+`Accelerator._prepare_deepspeed`, `AcceleratorState.ds_device_mesh`, `DeepSpeedPlugin.deepspeed_config`, `trainer_utils.seed_worker`.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ def _prepare_data_loader(
         from torch.distributed.device_mesh import init_device_mesh
 
         self.state.ds_device_mesh = init_device_mesh(self.device.type, (tp_size,), mesh_dim_names=("tp",))
+    data_parallel.draw_alike(data_loader, tp_size)
     self.dataloader_config.dispatch_batches, asked = False, self.dispatch_batches
     try:
         return plain(self, data_loader, *args, **kwargs)

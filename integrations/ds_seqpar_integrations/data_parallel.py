@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import Tensor
@@ -12,7 +16,7 @@ from ds_seqpar.comm.collectives import all_gather
 from ds_seqpar.engine import data_parallel_group
 from ds_seqpar.layers.handles import Handle
 
-__all__ = ["DataParallelView", "gather", "gather_object", "reduce"]
+__all__ = ["DataParallelView", "draw_alike", "gather", "gather_object", "reduce"]
 
 
 def gather(data: Any, tp_size: int) -> Any:
@@ -52,6 +56,32 @@ def _each_once(x: Tensor, tp_size: int) -> Tensor:
     world = dist.group.WORLD  # no model was sharded yet
     assert world is not None
     return all_gather(x.unsqueeze(0), world)[::tp_size]
+
+
+def draw_alike(data_loader: Any, tp_size: int) -> None:
+    """Random collators and data sets draw alike on the ranks of a group, in workers and in the main process. Collective.
+
+    A loader seeds its workers, torch's, NumPy's and Python's generators in them, from torch's main generator; transformers'
+    `seed_worker` adds the rank, which has to be the data-parallel one. Ranks of other groups keep their own random numbers.
+    """
+    _take_states_of_the_first(tp_size)
+    init = getattr(data_loader, "worker_init_fn", None)
+    if not isinstance(init, functools.partial) or getattr(data_loader, "_is_accelerate_prepared", False):
+        return
+    if init.func.__module__ == "transformers.trainer_utils" and "rank" in init.keywords:
+        by_share = {**init.keywords, "rank": init.keywords["rank"] // tp_size}
+        data_loader.worker_init_fn = functools.partial(init.func, *init.args, **by_share)
+
+
+def _take_states_of_the_first(tp_size: int) -> None:
+    mine = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    rank = dist.get_rank()
+    ours, numpys, torchs = everyone[rank - rank % tp_size]
+    random.setstate(ours)
+    np.random.set_state(numpys)
+    torch.set_rng_state(torchs)
 
 
 class DataParallelView:

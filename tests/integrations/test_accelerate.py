@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from models import tiny
 from ranks import RankError, run_ranks
+from transformers.trainer_utils import seed_worker
 
 import ds_seqpar
 
@@ -17,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import accelerate_loop
+from hf_trainer import Rows, collate_at_random
 from same_run import TOLERANCE, assert_same_files, deepspeed_json
 
 
@@ -128,6 +132,30 @@ def _late(model: str) -> None:
 
 def test_a_key_that_comes_too_late_is_refused(model: str) -> None:
     run_ranks(2, _late, model, timeout=60)
+
+
+def _batches_at_random(workers: int) -> list[list[int]]:
+    """Two epochs' tokens where each process is seeded by its rank, as accelerate's `device_specific` does."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # data-loader workers are its children
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+    from accelerate.utils import set_seed
+
+    PartialState(cpu=True)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_json()))
+    set_seed(3, device_specific=True)
+    loader = torch.utils.data.DataLoader(
+        Rows(8, 9), batch_size=2, collate_fn=collate_at_random, num_workers=workers,
+        worker_init_fn=functools.partial(seed_worker, num_workers=workers, rank=accelerator.process_index),
+    )  # fmt: skip
+    loader = accelerator.prepare(loader)
+    return [batch["input_ids"].flatten().tolist() for _ in range(2) for batch in loader]
+
+
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_ranks_that_are_seeded_apart_collate_alike_in_a_group_and_apart_between_groups(workers: int) -> None:
+    a, b, c, d = run_ranks(4, _batches_at_random, workers, timeout=120)
+    assert a == b and c == d and len(a) == len(c) == 4
+    assert a[0] != a[2] and c[1] != c[3], "every epoch draws anew"
 
 
 def _iterable(model: str) -> None:

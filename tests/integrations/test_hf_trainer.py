@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _on_rank(job: dict[str, Any], out: str) -> dict[str, Any]:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # data-loader workers are its children
     return hf_trainer.run(job, Path(out))
 
 
@@ -124,6 +126,21 @@ def test_two_groups_of_two_take_the_batches_of_two_plain_ranks(model: str, tmp_p
     _as_plain_ranks(_run(4, job, tmp_path / "mine", deepspeed_json()), plain)
     # Without the key DeepSpeed's copies lose the tie, and the head is written a second time.
     assert_same_files(tmp_path / "mine" / "saved", tmp_path / "plain" / "saved", also=("lm_head.weight",))
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_collators_that_draw_random_numbers_draw_alike_in_a_group_and_apart_between_groups(
+    model: str, tmp_path: Path, world: int, workers: int
+) -> None:
+    """In workers and in the main process; the batches are those of the run without the key on as many data-parallel ranks."""
+    own = {"dataloader_num_workers": workers, "eval_strategy": "no", "max_steps": 3}
+    job = _job(model, rows=16, random=True, predict=False, save=False, arguments=own)
+    plain = _run(world // 2, job, tmp_path / "plain", deepspeed_json(tp_size=None) if world > 2 else None)
+    mine = _run(world, job, tmp_path / "mine", deepspeed_json())
+    for rank, ours in enumerate(mine):
+        assert ours["seen"] == plain[rank // 2]["seen"] and len(set(ours["seen"])) == 6
+        assert_same_log(ours["log"], plain[rank // 2]["log"])
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])

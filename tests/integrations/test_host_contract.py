@@ -12,7 +12,7 @@ import pytest
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import Trainer, TrainingArguments, modeling_utils
+from transformers import Trainer, TrainingArguments, modeling_utils, trainer_utils
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import neftune
 
@@ -59,6 +59,18 @@ def _deepspeed_config() -> None:
     _must(plugin.deepspeed_config is plugin.hf_ds_config.config, name, "it is the config that was read")
     _must(
         plugin.deepspeed_config.get("tensor_parallel") == {"autotp_size": 2}, name, "it was translated when it was read"
+    )
+
+
+def _seed_worker() -> None:
+    name = "trainer_utils.seed_worker"
+    parameters = list(inspect.signature(trainer_utils.seed_worker).parameters)
+    _must(parameters == ["worker_id", "num_workers", "rank"], name, f"it takes these, not {parameters}")
+    _must(
+        "partial(\n                    seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index"
+        in _source(Trainer._get_dataloader),
+        name,
+        "a loader's worker_init_fn is a partial of it with the rank of the process",
     )
 
 
@@ -147,6 +159,7 @@ CONTRACT: dict[str, Callable[[], None]] = {
     "Accelerator._prepare_deepspeed": _prepare_deepspeed,
     "AcceleratorState.ds_device_mesh": _ds_device_mesh,
     "DeepSpeedPlugin.deepspeed_config": _deepspeed_config,
+    "trainer_utils.seed_worker": _seed_worker,
     "modeling_utils.is_deepspeed_zero3_enabled": _zero3_enabled,
     "HfTrainerDeepSpeedConfig.trainer_config_process": _process_config,
     "Trainer._track_num_input_tokens": _track_tokens,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -55,6 +57,16 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True, padding_value=0)
     mask = (ids != 0).long()
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def collate_at_random(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Some tokens are masked, as in masked language modelling; the choice draws from every generator that collators draw from."""
+    batch = collate(rows)
+    ids = batch["input_ids"]
+    masked = torch.rand(ids.shape) < 0.2
+    masked |= torch.from_numpy(np.random.rand(*ids.shape)) < 0.2
+    masked |= torch.tensor([[random.random() for _ in row] for row in ids]) < 0.2
+    return {**batch, "input_ids": ids.masked_fill(masked & (ids != 0), 1)}
 
 
 class Watch(TrainerCallback):
@@ -114,7 +126,7 @@ def _without_times(figures: dict[str, Any]) -> dict[str, Any]:
 def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     """Trains as `job` says: {"model": folder, "arguments": {...}, "rows": n, "stream": bool, "resume": bool, ...}.
 
-    With "texts" the Trainer is the one that evaluates what the model generates.
+    With "random" the collator masks tokens at random. With "texts" the Trainer is the one that evaluates what the model generates.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -140,9 +152,18 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
     watch = Watch(job.get("too_large"))
     trainer = (Seq2SeqTrainer if texts else Trainer)(
         model=model, args=arguments, train_dataset=Stream(rows) if job.get("stream") else rows, eval_dataset=Rows(5, 9),
-        data_collator=remembering, compute_metrics=text_metrics if texts else metrics, callbacks=[watch],
+        data_collator=collate_at_random if job.get("random") else remembering,
+        compute_metrics=text_metrics if texts else metrics, callbacks=[watch],
         preprocess_logits_for_metrics=(lambda logits, labels: logits.log_softmax(-1)) if job.get("preprocess") else None,
     )  # fmt: skip
+    if job.get("random"):  # collators that run in workers remember nothing here
+        plain_step = trainer.training_step
+
+        def step(model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+            seen.append(zlib.crc32(inputs["input_ids"].numpy().tobytes()))
+            return plain_step(model, inputs, *rest)
+
+        trainer.training_step = step
     result = trainer.train(resume_from_checkpoint=job.get("resume") or None) if job.get("train", True) else None
     if result is None:
         trainer.evaluate()
