@@ -6,6 +6,7 @@ Everything here travels over a gloo group, so that it works while a GPU's queue 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,12 +25,13 @@ PATIENCE = timedelta(minutes=10)
 
 def meet(what: str, group: ProcessGroup | None) -> None:
     """Returns once every rank of `group` is here. Raises CheckpointError, naming who is missing, after PATIENCE."""
+    begun = time.monotonic()
     try:
         dist.monitored_barrier(group, timeout=PATIENCE, wait_all_ranks=True)
     except RuntimeError as problem:
         raise CheckpointError(
             f"{what} must be called on all {dist.get_world_size(group)} ranks, but {_missing(str(problem))} did not call it "
-            f"within {PATIENCE.total_seconds():g} seconds; call it outside `if rank == 0`"
+            f"in the {time.monotonic() - begun:.0f} seconds that this rank waited; call it outside `if rank == 0`"
         ) from problem
 
 

@@ -6,38 +6,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from ..errors import RankLostError, SeqParError
+from ..comm.failures import STOPPED_GPU, is_of_another_rank
+from ..errors import RankLostError
 
-__all__ = ["explained", "is_of_another_rank"]
-
-_SIGNS = (
-    "gloo",
-    "nccl",
-    "closed by peer",
-    "reset by peer",
-    "broken pipe",
-    "timed out",
-    "application timeout",
-    "pair closure",
-)
-"""What torch's communication libraries write into a plain RuntimeError when a peer is gone or late."""
-_STOPPED_GPU = "unspecified launch failure"
-"""What CUDA says after a barrier of symmetric memory has waited too long; a broken kernel may cause it too."""
-
-
-def is_of_another_rank(problem: BaseException) -> bool:
-    """Whether `problem` was raised here because of what happened to another rank."""
-    if isinstance(problem, SeqParError | torch.OutOfMemoryError) or not isinstance(problem, RuntimeError):
-        return False
-    return isinstance(problem, dist.DistError) or any(sign in str(problem).lower() for sign in (*_SIGNS, _STOPPED_GPU))
-
+__all__ = ["explained"]
 
 def _first_line(problem: BaseException) -> str:
     line = str(problem).strip().splitlines()[0][:200]
-    if _STOPPED_GPU in line:
+    if STOPPED_GPU in line:
         line += '; unless a line "CUDASymmetricMemory::barrier" above names the ranks, a kernel of this one failed'
     return line
 

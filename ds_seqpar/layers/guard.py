@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import DataMismatchError
+from ..errors import DataMismatchError, SeqParError
 from ..groups import ParallelGroups
 from .fingerprints import fingerprint, gpu_hash, has_readable_content, leaves
 from .random import seed_of_state
 
 __all__ = ["InputGuard"]
+
+_READS = 4  # beside the two flags of a forward: the rank reads an output
 
 
 class InputGuard:
@@ -51,13 +53,34 @@ class InputGuard:
         on_gpu = {path: x for path, x in found.items() if has_readable_content(x) and x.is_cuda}
         hashes = torch.stack([gpu_hash(x) for x in on_gpu.values()]) if on_gpu else None
         agreed.wait()
+        self._refuse_strays(everyone, "begins a forward")
         if any(int(theirs[0]) != int(everyone[0][0]) for theirs in everyone):
             raise DataMismatchError(self._explain(prints))
-        self.any_hooked = any(int(theirs[2]) for theirs in everyone)
-        self.any_users_hooks = any(int(theirs[2]) >= 2 for theirs in everyone)
+        self.any_hooked = any(int(theirs[2]) & 1 for theirs in everyone)
+        self.any_users_hooks = any(int(theirs[2]) & 2 for theirs in everyone)
         if hashes is not None:
             self._start_late(hashes, list(on_gpu))
         return int(everyone[0][1])
+
+    def meet_to_read(self, what: str) -> None:
+        """Returns once all ranks of the group read the same output; raises SeqParError where one begins a forward instead."""
+        mine = torch.tensor([zlib.crc32(what.encode()), 0, _READS], dtype=torch.int64)
+        everyone = [torch.empty_like(mine) for _ in range(self._groups.tp_size)]
+        dist.all_gather(everyone, mine, group=self._groups.tp_cpu_group)
+        self._refuse_strays(everyone, f"reads {what}")
+
+    def _refuse_strays(self, everyone: Sequence[Tensor], does: str) -> None:
+        """The ranks stand in different places: all are told, each where it stands, and none is left waiting."""
+        reading = [int(theirs[2]) & _READS for theirs in everyone]
+        apart = any(reading) and (not all(reading) or len({int(theirs[0]) for theirs in everyone}) > 1)
+        if not apart:
+            return
+        ranks = dist.get_process_group_ranks(self._groups.tp_group)
+        places = "; ".join(f"rank {rank} {place}" for rank, place in zip(ranks, self.everyones(does), strict=True))
+        raise SeqParError(
+            f"the ranks of one tensor-parallel group do different things: {places}. Reading logits or hidden states is a collective: "
+            "do it on all of these ranks, outside `if rank == 0`"
+        )
 
     def everyones(self, mine: Any) -> list[Any]:
         """What each rank of the group says. Collective."""

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..errors import SeqParError
+from ..comm.failures import is_of_another_rank
+from ..errors import RankLostError, SeqParError
 from .region import ShardingState, TokenRegion
 
 __all__ = ["ELEMENTWISE", "SCALINGS", "Handle", "is_shape_of", "name_of", "refuse_outside_graph", "selects_everything"]
@@ -40,7 +42,10 @@ ELEMENTWISE = {
 }  # fmt: skip
 _SUMS = {"add", "__add__", "__radd__", "sub", "__sub__"}
 SCALINGS = {"mul", "__mul__", "__rmul__"}
-_ARITHMETIC = ELEMENTWISE - {"to", "float", "half", "bfloat16", "contiguous"}
+_CASTS = {"to", "float", "half", "bfloat16", "contiguous"}
+_NAMED_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+_ARITHMETIC = ELEMENTWISE - _CASTS
+_WATCHES = {"register_hook", "retain_grad"}
 
 
 def name_of(func: Callable[..., Any]) -> tuple[str, bool]:
@@ -73,8 +78,11 @@ class Handle(torch.Tensor):
     source: Tensor
     region: TokenRegion
     state: ShardingState
-    _full: Tensor | None
+    _whole: Tensor | None
+    _base: Handle | None = None  # whose view this one is: a write into either is one into both
+    _is_part: bool = False  # a view of a part of another handle, or of its values: a write into it would be lost
     _hooks: list[tuple[Callable[..., Any], Any]]
+    _kept_grad: list[Tensor] = []  # of the last backward pass, where it is kept
     _expected: bool = False  # becoming whole is the plan, nothing to report
     _grad_mode: bool  # of the forward that made it, whatever mode its reader is in
     _elementwise: set[str] = ELEMENTWISE
@@ -94,7 +102,7 @@ class Handle(torch.Tensor):
         handle = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=source.device, requires_grad=requires_grad
         )
-        handle.source, handle.region, handle.state, handle._full, handle._hooks = source, region, state, None, []
+        handle.source, handle.region, handle.state, handle._whole, handle._hooks = source, region, state, None, []
         handle._grad_mode = torch.is_grad_enabled()
         if requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
@@ -129,25 +137,81 @@ class Handle(torch.Tensor):
         """The same handle over another version of its source, such as one that went through a hook."""
         raise RuntimeError("a Handle subclass must say what it is over another source")
 
+    @property
+    def _full(self) -> Tensor | None:
+        """The whole, once somebody has had it: of this handle, or of the one whose view it is."""
+        if self._whole is None and self._base is not None and self._base._full is not None:
+            self._whole = self._base._full.view(self.shape)
+        return self._whole
+
+    def viewed_as(self, view: Handle) -> Handle:
+        """`view`, which shows the whole of this handle in another shape, and from now on shares its fate."""
+        view._base = self if self._base is None else self._base
+        return view
+
     def is_untouched(self) -> bool:
         """True while the parts are the truth: nobody has had the whole, or asked to see its gradient."""
-        return self._full is None and not self._hooks
+        return self._full is None and not self._hooks and (self._base is None or not self._base._hooks)
 
     def materialise(self, wanted_by: str = "materialise") -> Tensor:
         """The real, differentiable tensor. Collective; from then on it is the truth, also for in-place changes."""
         if self._full is None:
-            self._count(f"{type(self).__name__}.{wanted_by}")
             with torch.set_grad_enabled(self._grad_mode):
-                self._full = self._gather()
-            for hook, removable in self._hooks:
-                if self._full.requires_grad and not removable.removed:
-                    self._full.register_hook(hook)
-        return self._full
+                if self._base is None:
+                    self._count(f"{type(self).__name__}.{wanted_by}")
+                    self._whole = self._read(wanted_by)
+                else:
+                    self._whole = self._base.materialise(wanted_by).view(self.shape)
+        whole = self._full
+        assert whole is not None
+        for hook, removable in self._hooks:
+            if whole.requires_grad and not removable.removed:
+                removable.put_on(whole, hook)
+        return whole
+
+    def _read(self, wanted_by: str) -> Tensor:
+        """The whole, after all ranks of the group have said that they read it; raises SeqParError where one does something else."""
+        what = f"{type(self).__name__} {list(self.shape)} ({wanted_by})"
+        try:
+            if self.state.region is None and self.state.guarded_seed is None:  # in a forward the ranks go together
+                self.state.guard.meet_to_read(what)
+            return self._gather()
+        except RuntimeError as problem:
+            if not is_of_another_rank(problem):
+                raise
+            raise RankLostError(
+                f"rank {dist.get_rank()} read {what} of a sharded model's outputs and the other ranks of its tensor-parallel group did "
+                "not: reading is a collective; do it on all of them, outside `if rank == 0`"
+            ) from problem
 
     def seen(self) -> Tensor:
         """The whole's values, detached. Collective where parts must be gathered; the parts stay the truth."""
         with torch.no_grad():
             return (self._gather() if self._full is None else self._full).detach()
+
+    def _hooked(self, hook: Callable[..., Any]) -> Any:
+        removable = _RemovableHook()
+        self._hooks.append((hook, removable))
+        return removable
+
+    def _retains(self) -> bool:
+        """Has the gradient kept as it passes, if it passes here: `_kept_grad`."""
+        return False
+
+    def differentiated(self) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """(a tensor of the graph, what makes of its gradient that of the whole), for torch.autograd.grad."""
+        self._refuse_to_be_watched("torch.autograd.grad", ())
+        return self.materialise("autograd.grad"), None
+
+    def _refuse_to_be_watched(self, name: str, args: Any) -> None:
+        """Raises SeqParError where a gradient that somebody asks to see will not pass here."""
+
+    def _keeps_dtype(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether it is a cast that returns its tensor itself."""
+        if name == "contiguous":
+            return not kwargs
+        named = _NAMED_CASTS.get(name) or next((x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.dtype)), None)
+        return named is self.dtype and self._may_act(name, args, kwargs) and not (name != "to" and kwargs)
 
     def _count(self, name: str) -> None:
         if self._expected:
@@ -173,6 +237,8 @@ class Handle(torch.Tensor):
         kwargs = kwargs or {}
         name, is_property = name_of(func)
         first = args[0] if args else None
+        if func is torch.autograd.grad:
+            return _grad_by(args, kwargs)
         if name in (_METADATA_PROPERTIES if is_property else _METADATA):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -180,18 +246,27 @@ class Handle(torch.Tensor):
             refuse_outside_graph(first)
             if is_property and name in _AUTOGRAD_PROPERTIES:
                 return getattr(first._full, name) if first._full is not None else first._autograd(name)
-            if name == "register_hook" and first._full is None:
-                removable = _RemovableHook()
-                first._hooks.append((args[1], removable))
-                return removable
+            if is_property and name == "grad" and first._kept_grad:
+                return first._kept_grad[-1]
+            if name == "retain_grad" and first._full is None and first._retains():
+                return None
+            if name in _WATCHES:
+                first._refuse_to_be_watched(name, args)
+                if name == "register_hook" and first._full is None:
+                    return first._hooked(args[1])
             if first.is_untouched():
                 if name == "__getitem__" and selects_everything(args[1]):
+                    return first
+                if name in _CASTS and first._keeps_dtype(name, args, kwargs):
                     return first
                 if name == "to" and _names_own_device(first, args, kwargs):
                     return first
                 if name in first._elementwise and _acts_on_one(args, kwargs) and first._may_act(name, args, kwargs):
                     rest, options = tree_map(_frozen, (args[1:], kwargs))
-                    return first._acted_on(lambda x: func(x, *rest, **options))
+                    result = first._acted_on(lambda x: func(x, *rest, **options))
+                    if name == "detach" and isinstance(result, Handle):
+                        result._is_part = True
+                    return result
         if name in _SUMS and len(args) == 2 and isinstance(first, Handle) and first._lies_as(args[1]):
             return first._acted_on_with(args[1], lambda x, y: func(x, y, **kwargs))
         if name in _ARITHMETIC and len(args) == 2 and isinstance(args[1], Handle) and _acts_on_one(args[::-1], kwargs):
@@ -202,10 +277,20 @@ class Handle(torch.Tensor):
 
 
 class _RemovableHook:
+    """What register_hook returns for a hook on a tensor that is not there yet."""
+
     removed = False
+    _real: Any = None
+
+    def put_on(self, whole: Tensor, hook: Callable[..., Any]) -> None:
+        """Registers it, once."""
+        if self._real is None:
+            self._real = whole.register_hook(hook)
 
     def remove(self) -> None:
         self.removed = True
+        if self._real is not None:
+            self._real.remove()
 
 
 def _acts_on_one(args: Any, kwargs: dict[str, Any]) -> bool:
@@ -246,6 +331,11 @@ _REFUSE_GRADIENTS = OrderedDict({0: _refuse_gradient})
 
 def _call_on_real(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     first = args[0] if args else None
+    if _is_in_place(name) and isinstance(first, Handle) and first._is_part and first.is_untouched():
+        raise SeqParError(
+            f"{name} would change a part of a tensor that ds_seqpar holds in parts, or what was detached from it, and the tensor itself "
+            "would not see it; write into the tensor (x[:, 0] = ...), or change a copy (clone() first)"
+        )
     if _is_in_place(name) and isinstance(first, Handle) and not first._allows_in_place:
         raise RuntimeError(
             f"{name} would change a block's input in place, which is shared with the sharded layers; "
@@ -257,6 +347,17 @@ def _call_on_real(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> An
 
     result = func(*tree_map(real, args), **tree_map(real, kwargs))
     return first if isinstance(first, Handle) and result is first._full else result
+
+
+def _grad_by(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """torch.autograd.grad, whose inputs may be handles. Collective for these."""
+    outputs, *rest = args
+    inputs = rest.pop(0) if rest else kwargs.pop("inputs")
+    asked = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    watched = [x.differentiated() if isinstance(x, Handle) else (x, None) for x in asked]
+    outputs = tree_map(lambda x: x.materialise("autograd.grad") if isinstance(x, Handle) else x, outputs)
+    grads = torch.autograd.grad(outputs, [x for x, _ in watched], *rest, **kwargs)
+    return tuple(g if g is None or whole is None else whole(g) for g, (_, whole) in zip(grads, watched, strict=True))
 
 
 def is_shape_of(handle: Any, sizes: Any, shape: Sequence[int] | None = None) -> bool:

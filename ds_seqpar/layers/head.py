@@ -5,6 +5,7 @@ Legend: b batch, s sequence, T = b*s tokens, h hidden, V vocabulary, _r this ran
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -12,12 +13,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..comm.regions import gather_columns
+from .linear import between_users_hooks, has_users_hooks
 from .logits import ShardedLogits
 from .products import cast_for_autocast
 from .region import ShardingState, TokenRegion
 from .token_handles import TokenShard
 
 __all__ = ["VocabParallelHead"]
+
+
+def _deepspeeds(hooks: Any) -> Any:
+    return OrderedDict((n, h) for n, h in hooks.items() if getattr(h, "__module__", "").startswith("deepspeed."))
 
 
 class VocabParallelHead(nn.Linear):
@@ -35,7 +41,10 @@ class VocabParallelHead(nn.Linear):
     vocab_widths: tuple[int, ...]
 
     def __call__(self, input: Tensor) -> Tensor:
-        """Defers: returns the handle of the logits."""
+        """Defers: returns the handle of the logits. The user's forward hooks see it, and may change it, before anything is computed."""
+        return between_users_hooks(self, input, self._deferred)  # type: ignore[no-any-return]
+
+    def _deferred(self, input: Tensor) -> Tensor:
         if isinstance(input, TokenShard) and input.is_untouched():
             return ShardedLogits(input.source, input.region, self)
         if isinstance(input, TokenShard):
@@ -47,15 +56,26 @@ class VocabParallelHead(nn.Linear):
 
     def gathered_logits(self, local: Tensor, region: TokenRegion) -> Tensor:
         """Real logits [b, s, V] on every rank; their gradient is complete on every rank."""
-        return super().__call__(local, _region=region)  # type: ignore[no-any-return]
+        return self._now(local, _region=region)  # type: ignore[no-any-return]
+
+    def _now(self, *args: Any, **kwargs: Any) -> Any:
+        """The call below, with DeepSpeed's hooks alone: the user's have seen the logits."""
+        if not has_users_hooks(self):
+            return super().__call__(*args, **kwargs)
+        before, after = self._forward_pre_hooks, self._forward_hooks
+        try:
+            self._forward_pre_hooks, self._forward_hooks = (_deepspeeds(hooks) for hooks in (before, after))
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._forward_pre_hooks, self._forward_hooks = before, after
 
     def loss(self, local: Tensor, region: TokenRegion, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """(summed loss, counted labels), both fp32 scalars; see vocab_parallel_linear_cross_entropy."""
-        return super().__call__(local, _region=region, _labels=labels, **options)  # type: ignore[no-any-return]
+        return self._now(local, _region=region, _labels=labels, **options)  # type: ignore[no-any-return]
 
     def token_figures(self, local: Tensor, region: TokenRegion, targets: Tensor, **options: Any) -> Any:
         """TokenFigures of every token; see vocab_parallel_token_figures."""
-        return super().__call__(local, _region=region, _labels=targets, _figures=True, **options)
+        return self._now(local, _region=region, _labels=targets, _figures=True, **options)
 
     def forward(  # type: ignore[override]
         self, local: Tensor, _region: TokenRegion, _labels: Tensor | None = None, _figures: bool = False, **options: Any

@@ -22,7 +22,9 @@ from .products import ColumnParallel, RowParallel, cast_for_autocast
 from .region import ShardingState, TokenRegion
 from .token_handles import GatheredInput
 
-__all__ = ["ColumnParallelLinear", "RowParallelLinear", "call_past_deepspeed", "column_parallel"]
+__all__ = [
+    "ColumnParallelLinear", "RowParallelLinear", "between_users_hooks", "call_past_deepspeed", "column_parallel", "has_users_hooks",
+]  # fmt: skip
 
 
 def column_parallel(
@@ -66,21 +68,27 @@ def _users_own(
     ]
 
 
-def _has_users_hooks(module: nn.Module) -> bool:
+def has_users_hooks(module: nn.Module) -> bool:
+    """Whether forward hooks that are not DeepSpeed's stand on `module`."""
     before = _users_own(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
     return bool(before or _users_own(module._forward_hooks, module._forward_hooks_with_kwargs))
 
 
 def call_past_deepspeed(module: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`module(input, ...)` with all forward hooks but DeepSpeed's."""
+    return between_users_hooks(module, input, lambda x: module.forward(x, *args, **kwargs))
+
+
+def between_users_hooks(module: nn.Module, input: Tensor, compute: Callable[[Tensor], Any]) -> Any:
+    """`compute(input)` as `module`'s forward, between all its forward hooks but DeepSpeed's."""
     if not (module._forward_pre_hooks or module._forward_hooks):
-        return module.forward(input, *args, **kwargs)
+        return compute(input)
     for hook, takes_kwargs in _users_own(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
         changed = hook(module, (input,), {}) if takes_kwargs else hook(module, (input,))
         changed = changed[0] if takes_kwargs and changed is not None else changed
         if changed is not None:
             (input,) = changed if isinstance(changed, tuple) else (changed,)
-    output = module.forward(input, *args, **kwargs)
+    output = compute(input)
     for hook, takes_kwargs in _users_own(module._forward_hooks, module._forward_hooks_with_kwargs):
         changed = hook(module, (input,), {}, output) if takes_kwargs else hook(module, (input,), output)
         output = output if changed is None else changed
@@ -145,7 +153,7 @@ class RowParallelLinear(nn.Linear):
 
     def __call__(self, input: Tensor) -> Tensor:
         """[b, s, in_r] -> [1, c, out] or [b, s, out]. A gated product stays two tensors, which hooks of DeepSpeed's see plain."""
-        if not isinstance(input, GatedProduct) or not input.is_untouched() or _has_users_hooks(self):
+        if not isinstance(input, GatedProduct) or not input.is_untouched() or has_users_hooks(self):
             return super().__call__(input.materialise() if isinstance(input, Handle) else input)  # type: ignore[no-any-return]
         return super().__call__(input.source, input.up, input.act)  # type: ignore[no-any-return]
 

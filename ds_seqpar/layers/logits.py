@@ -6,6 +6,7 @@ Legend: b batch, s sequence, T = b*s, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,46 @@ class _OverVocabulary:
         return self.func(other, logits) if self.stands_left else self.func(logits, other)
 
 
+class _Made:
+    """What the logits of one call of the head depend on beside its input, and what became of them; all handles of them share it.
+
+    `autocast`: the dtype that torch.autocast asked for, or None. `lost`: a fused loss was made of them, past their gradient;
+    `derived`: other handles were computed from them.
+    """
+
+    def __init__(self, head: VocabParallelHead, device: torch.device) -> None:
+        self.autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        self.lost = self.derived = False
+        self.generation = head.seqpar.generation
+        self.weights = [(p, p.data_ptr(), p._version, _sample(p)) for p in _weights_of(head)]
+
+    def weights_changed(self, head: VocabParallelHead, *, look: bool) -> bool:
+        """Whether the head's weights are others than they were; `look`: at some of the values too, which waits for a GPU."""
+        if head.seqpar.generation != self.generation:
+            return True
+        now = _weights_of(head)
+        if len(now) != len(self.weights):
+            return True  # ZeRO-3 has taken them, or functional_call has given its own back
+        for p, (then, address, version, sample) in zip(now, self.weights, strict=True):
+            if p is not then or p.data_ptr() != address or p._version != version:
+                return True
+            if look and not torch.equal(_sample(p), sample):
+                return True  # written through `.data`, which no version counts
+        return False
+
+
+def _weights_of(head: VocabParallelHead) -> list[Tensor]:
+    """Its weight and bias, unless ZeRO-3 holds them, which moves them and whose steps the engine counts."""
+    held = (head.weight, head.bias)
+    return [p for p in held if p is not None and not hasattr(p, "ds_id")]
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """A few of its values: in whatever way weights are swapped or averaged, it is all of them."""
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 64)].clone()
+
+
 class ShardedLogits(Handle):
     """[b, s, V], or [T, V], over `source` (the hidden rows that this rank holds) and the head's vocabulary shard; not computed yet.
 
@@ -47,7 +88,7 @@ class ShardedLogits(Handle):
 
     head: VocabParallelHead
     transforms: tuple[Callable[[Tensor], Tensor], ...]
-    generation: int
+    made: _Made
 
     def over(self, source: Tensor) -> Tensor:
         return self._like(source=source)
@@ -61,11 +102,14 @@ class ShardedLogits(Handle):
         dtype: torch.dtype | None = None,
         *,
         flat: bool = False,
+        made: _Made | None = None,
     ) -> ShardedLogits:
-        """`source` in `region.local_shape`; `dtype` of the logits if a transform changed it; `flat` for [T, V]."""
+        """`source` in `region.local_shape`; `dtype` of the logits if a transform changed it; `flat` for [T, V]; `made` of those
+        that it is computed from."""
+        made = _Made(head, source.device) if made is None else made
         tokens = (region.tokens,) if flat else (region.batch, region.seq)
-        handle = cls._make((*tokens, head.vocab_size), source, region, head.seqpar, dtype or source.dtype)
-        handle.head, handle.transforms, handle.generation = head, transforms, head.seqpar.generation
+        handle = cls._make((*tokens, head.vocab_size), source, region, head.seqpar, dtype or made.autocast or source.dtype)
+        handle.head, handle.transforms, handle.made = head, transforms, made
         return handle  # type: ignore[no-any-return]
 
     def _like(
@@ -84,6 +128,7 @@ class ShardedLogits(Handle):
             transforms,
             dtype or self.dtype,
             flat=self.dim() == 2 if flat is None else flat,
+            made=self.made,
         )
 
     @classmethod
@@ -105,7 +150,9 @@ class ShardedLogits(Handle):
         region, width = self.region, self.head.vocab_size
         for flat, shape in ((True, (region.tokens, width)), (False, (region.batch, region.seq, width))):
             if is_shape_of(self, sizes, shape):
-                return self._like(flat=flat)
+                view = self._like(flat=flat)
+                assert isinstance(view, Handle)
+                return self.viewed_as(view)
         return None
 
     def _autograd(self, name: str) -> Any:
@@ -118,16 +165,37 @@ class ShardedLogits(Handle):
         return name == "requires_grad"
 
     def _gather(self) -> Tensor:
-        if self.generation != self.state.generation:
-            raise SeqParError(
-                "outputs.logits were first read after engine.step() changed the weights; read them before the step"
-            )
-        logits = self.head.gathered_logits(self.source, self.region)
+        self.refuse_other_weights(look=self.state.guarded_seed is None)
+        with self.as_called():
+            logits = self.head.gathered_logits(self.source, self.region)
         for transform in self.transforms:
             logits = transform(logits)
         return logits.view(self.shape)
 
+    def refuse_other_weights(self, *, look: bool = False) -> None:
+        """Raises SeqParError if the head's weights are not those of the forward any more; see _Made.weights_changed."""
+        if self.made.weights_changed(self.head, look=look):
+            raise SeqParError(
+                "outputs.logits are computed when they are first read, and the weights have changed since their forward (engine.step() or "
+                "another optimizer's step, load_state_dict, averaged weights swapped in or out, functional_call); read them before: "
+                "logits = outputs.logits.clone()"
+            )
+
+    def as_called(self) -> AbstractContextManager[Any]:
+        """Autocast as it was when the head was called."""
+        return torch.autocast(self.device.type, dtype=self.made.autocast, enabled=self.made.autocast is not None)
+
+    def _refuse_to_be_watched(self, name: str, args: Any) -> None:
+        if name == "register_hook" and getattr(args[1], "__module__", "").startswith("deepspeed."):
+            return  # it waits for the beginning of backward, wherever that is
+        if self.made.lost or self.made.derived:
+            raise SeqParError(
+                f"{name} on logits that a loss was already made from would see no gradient of that loss, which does not go through them; "
+                "call the model without labels, put the hook on, and make the loss from outputs.logits"
+            )
+
     def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
+        self.made.derived = True
         return self._like(then=act, dtype=act(torch.empty(1, dtype=self.dtype, device=self.device)).dtype)
 
 
@@ -142,5 +210,6 @@ def _over_vocabulary(func: Callable[..., Tensor], left: Any, right: Any) -> Tens
     refuse_outside_graph(logits)
     act = _OverVocabulary(func, other.detach().clone().view(-1), logits.head.vocab_start, other is left)
     dtype = torch.promote_types(logits.dtype, other.dtype)
+    logits.made.derived = True
     with torch.set_grad_enabled(logits._grad_mode and torch.is_grad_enabled()):
         return logits._like(then=act, dtype=dtype)

@@ -239,7 +239,9 @@ def vocab_parallel_linear_cross_entropy(
 
 def _fused(logits: ShardedLogits, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(summed loss, counted labels) of logits and the targets [T] of all tokens."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and logits._grad_mode):
+    logits.refuse_other_weights()
+    logits.made.lost = True
+    with logits.as_called(), torch.set_grad_enabled(torch.is_grad_enabled() and logits._grad_mode):
         return logits.head.loss(
             logits.source,
             logits.region,

@@ -73,6 +73,29 @@ class TokenShard(Handle):
     def _apply(self, act: Callable[[Tensor], Tensor]) -> Tensor:
         return self.over(act(self.source))
 
+    def _hooked(self, hook: Callable[..., Any]) -> Any:
+        """On this rank's rows, through which all gradients of the tokens go; a user's hook is shown those of all tokens. Collective."""
+        if getattr(hook, "__module__", "").startswith("deepspeed.") or not self.source.requires_grad:
+            return self.source.register_hook(hook)
+
+        def shown(grad: Tensor) -> Tensor | None:
+            with torch.no_grad():
+                changed = hook(self.region.full_for_replicated(grad))
+                return None if changed is None else self.region.local_of_replicated(changed)
+
+        return self.source.register_hook(shown)
+
+    def _retains(self) -> bool:
+        def keep(grad: Tensor) -> None:
+            self._kept_grad = [grad.detach().clone()]
+
+        if self.source.requires_grad:
+            self._hooked(keep)
+        return self.source.requires_grad
+
+    def differentiated(self) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        return (self.source, self.region.full_for_replicated) if self._full is None else (self._full, None)
+
     def local(self) -> Tensor:
         """This rank's rows [1, c, h]: the shard, or the rows of the whole once somebody has had it in hand."""
         return self.source if self._full is None else self.region.local_of_replicated(self._full)
@@ -94,7 +117,9 @@ def _on_parts(func: Callable[..., Any], name: str, left: Any, right: Any) -> Ten
             if features is None:
                 return picked_tokens(first.source, first.region, right)
             narrower = first._expected or features.numel() < first.source.numel()
-            return TokenShard(features, first.region, first.state, meant_whole=narrower)
+            part = TokenShard(features, first.region, first.state, meant_whole=narrower)
+            part._is_part = True
+            return part
         sides = [_side(x, first) for x in (left, right)]
         return None if sides[0] is None or sides[1] is None else first.over(func(*sides))
 

@@ -72,6 +72,7 @@ def _fused(
         raise PlanError(f"the head of this {type(model).__name__} is not sharded")
     ours = pad(labels, (0, 1), value=-100)[..., 1:] if shifted is None else shifted
     mask = ours != -100
+    logits.made.lost = True
     figures = logits.head.token_figures(
         logits.source, logits.region, ours.clamp(min=0).reshape(-1), vocab_size=logits.head.vocab_size,
         chunk_tokens=logits.state.loss_chunk_tokens, transforms=(transform,),
