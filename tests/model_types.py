@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -25,14 +26,11 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-CLASSICS = ("bloom", "codegen", "falcon", "gpt2", "gpt_neo", "gpt_oss", "gptj", "mpt", "opt")
-"""Causal language models without a plan in transformers; ours is in their data files."""
+from ds_seqpar.families import has_data_file
 
 MULTIMODAL = tuple(sorted(PARTS))
 """Models of several parts; those among them that have a plan for a part beside the language model are planned types, too."""
 
-ENCODERS = ("bert", "distilbert", "electra", "modernbert", "roberta")
-SEQ2SEQ = ("bart", "t5")
 HEADS: dict[str, Any] = {
     "masked-lm": AutoModelForMaskedLM,
     "multiple-choice": AutoModelForMultipleChoice,
@@ -44,7 +42,7 @@ HEADS: dict[str, Any] = {
 """What stands on a model beside a causal language model's head, as the table names it."""
 
 __all__ = [
-    "ALL", "CLASSICS", "ENCODERS", "HEADS", "MULTIMODAL", "SEQ2SEQ", "NoModelError", "batches_for", "causal", "heads_of",
+    "ALL", "HEADS", "MULTIMODAL", "NoModelError", "batches_for", "causal", "heads_of",
     "planned_types", "tiny_config", "tiny_of",
 ]  # fmt: skip
 
@@ -58,7 +56,11 @@ SIZES: dict[str, Any] = dict(
     index_topk=64, first_k_dense_replace=1, output_router_logits=True, router_aux_loss_coef=0.1, attention_dropout=0.0,
     hidden_dropout=0.0, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
     attn_pdrop=0.0, sliding_window=5, query_pre_attn_scalar=8, linear_num_value_heads=4, linear_num_key_heads=2,
-    linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=3,
+    linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=3, encoder_layers=2, decoder_layers=2,
+    encoder_ffn_dim=50, decoder_ffn_dim=54, encoder_attention_heads=6, decoder_attention_heads=4, decoder_start_token_id=2,
+    dropout=0.0, activation_dropout=0.0, classifier_dropout=0.0, classifier_dropout_prob=0.0, d_ff=50, d_kv=8, dropout_rate=0.0,
+    relative_attention_num_buckets=8, relative_attention_max_distance=12, image_size=8, patch_size=4, layerdrop=0.0,
+    encoder_layerdrop=0.0, decoder_layerdrop=0.0,
 )  # fmt: skip
 """Written over a config's own values wherever it has the field and the value there is of the same kind."""
 
@@ -78,13 +80,21 @@ _PER_LAYER_INPUT = dict(
     num_kv_shared_layers=0,
 )  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
-    "bart": dict(d_model=48, encoder_ffn_dim=50, decoder_ffn_dim=54, encoder_layers=2, decoder_layers=2, dropout=0.0,
-        encoder_attention_heads=6, decoder_attention_heads=4, decoder_start_token_id=2, scale_embedding=True),
+    "bart": dict(scale_embedding=True),
     "distilbert": dict(dim=48, hidden_dim=50, n_layers=2, n_heads=6, dropout=0.0, qa_dropout=0.0, seq_classif_dropout=0.0),
     "electra": dict(embedding_size=20, summary_last_dropout=0.0),
     "modernbert": dict(local_attention=4, cls_token_id=1, sep_token_id=2, decoder_bias=True),
-    "t5": dict(d_model=48, d_ff=50, d_kv=8, num_heads=6, dropout_rate=0.0, decoder_start_token_id=0, eos_token_id=2,
-        relative_attention_num_buckets=8, relative_attention_max_distance=12),
+    "t5": dict(decoder_start_token_id=0),
+    "mt5": dict(decoder_start_token_id=0),
+    "umt5": dict(decoder_start_token_id=0),
+    "roc_bert": dict(pronunciation_vocab_size=20, pronunciation_embed_dim=6, shape_vocab_size=22, shape_embed_dim=6, enable_pronunciation=True),
+    "rembert": dict(input_embedding_size=20, output_embedding_size=28),
+    "albert": dict(embedding_size=20),
+    "layoutlm": dict(max_2d_position_embeddings=32),
+    "markuplm": dict(max_xpath_tag_unit_embeddings=7, max_xpath_subs_unit_embeddings=8, tag_pad_id=5, subs_pad_id=6, xpath_unit_hidden_size=4, max_depth=3),
+    "mobilebert": dict(embedding_size=20, true_hidden_size=24, intra_bottleneck_size=24, num_feedforward_networks=2),
+    "roformer": dict(embedding_size=20),
+    "tapas": dict(type_vocab_sizes=[3, 6, 6, 2, 6, 6, 4]),
     "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
     "ernie4_5_vl_moe_text": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
     "codegen": dict(num_attention_heads=4, hidden_size=32, rotary_dim=4),
@@ -179,8 +189,8 @@ def planned_types() -> tuple[str, ...]:
     return tuple(sorted(t for t in CONFIG_MAPPING if getattr(CONFIG_MAPPING[t], "base_model_tp_plan", None)))
 
 
-ALL = sorted({*planned_types(), *CLASSICS, *MULTIMODAL, *ENCODERS, *SEQ2SEQ})
-"""Every model type that is measured."""
+ALL = sorted({*planned_types(), *MULTIMODAL, *filter(has_data_file, CONFIG_MAPPING)})
+"""Every model type that is measured: transformers plans it, or a data file here does."""
 
 
 @cache
@@ -273,7 +283,9 @@ def tiny_of(
     torch.manual_seed(0)
     model = _build(config, head)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if any(re.search(key, name) for key in model._keys_to_ignore_on_save or ()):
+                continue  # such as the positions that the class makes anew when it is loaded
             if parameter.dim() > 2 or not bool(torch.isfinite(parameter).all()):
                 parameter.zero_()  # some are left uninitialised
             parameter.add_(torch.randn(parameter.shape) * (0.1 if parameter.dim() == 1 else 0.05))

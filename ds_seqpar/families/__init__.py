@@ -1,6 +1,6 @@
 """What a model's own `tp_plan` cannot say, one small data file for each model type that needs one.
 
-A file may hold these names, all optional; patterns are relative to the base model, `*` is a layer's number:
+A type's file carries its name, with _ for -. A file may hold these names, all optional; patterns are relative to the base model, `*` is a layer's number:
 
     STYLES      pattern -> style, over what the model's tp_plan says
     ROLES       pattern -> the sections of the cut dimension ("q", "kv", "qkv", "even"; see plan.styles.Role)
@@ -14,7 +14,7 @@ A file may hold these names, all optional; patterns are relative to the base mod
     STACKS      what the modules are called that are called with tokens, where there are several; patterns are relative to each
     STATES      names of arguments of a stack's forward that are another stack's output
     BASE        name of the module that is called with the inputs, where it is not transformers' base model
-    LIKE        another model type whose file this one starts from
+    LIKE        another model type whose file this one starts from; a type of which that is all stands in `relatives.py` instead
     REFUSED     why the type cannot be sharded exactly
 """
 
@@ -27,6 +27,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from .relatives import RELATIVES
 
 __all__ = ["MEASURED_WITH", "RESULTS", "TESTED", "Family", "family", "has_data_file"]
 
@@ -60,15 +62,21 @@ class Family:
 
 
 def has_data_file(model_type: str) -> bool:
-    """Whether there is a data file of the type."""
-    return model_type.isidentifier() and find_spec(f"{__name__}.{model_type}") is not None
+    """Whether there is a data file of the type, or of one that is the same in all that a file says."""
+    return _file_of(model_type) is not None
+
+
+def _file_of(model_type: str) -> str | None:
+    name = RELATIVES.get(model_type, model_type).replace("-", "_")
+    return name if name.isidentifier() and find_spec(f"{__name__}.{name}") is not None else None
 
 
 def family(model_type: str) -> Family:
     """The data of a model type; empty if it needs none."""
-    if not has_data_file(model_type):
+    name = _file_of(model_type)
+    if name is None:
         return Family()
-    data = vars(import_module(f"{__name__}.{model_type}"))
+    data = vars(import_module(f"{__name__}.{name}"))
     base = family(data["LIKE"]) if "LIKE" in data else Family()
     return Family(
         {**base.styles, **data.get("STYLES", {})},

@@ -1,0 +1,22 @@
+"""Model types that are another one in all that a data file says: they share its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["RELATIVES"]
+
+_SHARING: Mapping[str, tuple[str, ...]] = {
+    "bart": ("blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "plbart"),
+    "bert": (
+        "bert-generation", "camembert", "data2vec-text", "ernie", "layoutlm", "markuplm", "roberta", "roc_bert", "xlm-roberta",
+    ),
+    "rembert": ("big_bird", "roformer", "tapas"),
+    "gpt2": ("gpt-sw3",),
+    "qwen3_vl_text": ("nomic_bert", "stablelm"),
+    "t5": ("mt5", "umt5"),
+    "vit": ("deit", "ijepa", "vit_mae", "vit_msn"),
+}  # fmt: skip
+
+RELATIVES: Mapping[str, str] = {name: of for of, names in _SHARING.items() for name in names}
+"""Model type -> the type whose file it shares."""
