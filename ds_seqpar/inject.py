@@ -255,7 +255,7 @@ class _Injection:
                 self._boundary(module, TokenwiseModule)
             elif isinstance(module, nn.ModuleList | nn.ModuleDict) or is_foreign(module) or adapter_layer(module):
                 continue  # never called, or has boundaries of its own
-            elif not in_base or any(inner.startswith(f"{name}.") for inner in planned):
+            elif not in_base or any(inner.startswith(f"{name}.") for inner in planned) or _holds_nothing(module):
                 self._boundary(module, Passage)
 
     def _is_norm_without_weight(self, module: nn.Module) -> bool:
@@ -507,6 +507,11 @@ def _known_activation(module: nn.Module) -> str | None:
         return known_activation(module)
     except (RuntimeError, TypeError, ValueError):
         return None
+
+
+def _holds_nothing(module: nn.Module) -> bool:
+    """True for what only computes, such as an activation: DeepSpeed's hooks of ZeRO-3 see it, too."""
+    return next(module.children(), None) is None and not module._parameters and not module._buffers
 
 
 def _has_norms(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from multimodal import PARTS, with_images
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
@@ -32,6 +33,7 @@ MULTIMODAL = tuple(sorted(PARTS))
 """Models of several parts; those among them that have a plan for a part beside the language model are planned types, too."""
 
 HEADS: dict[str, Any] = {
+    "image-classification": AutoModelForImageClassification,
     "masked-lm": AutoModelForMaskedLM,
     "multiple-choice": AutoModelForMultipleChoice,
     "question-answering": AutoModelForQuestionAnswering,
@@ -60,7 +62,7 @@ SIZES: dict[str, Any] = dict(
     encoder_ffn_dim=50, decoder_ffn_dim=54, encoder_attention_heads=6, decoder_attention_heads=4, decoder_start_token_id=2,
     dropout=0.0, activation_dropout=0.0, classifier_dropout=0.0, classifier_dropout_prob=0.0, d_ff=50, d_kv=8, dropout_rate=0.0,
     relative_attention_num_buckets=8, relative_attention_max_distance=12, image_size=8, patch_size=4, layerdrop=0.0,
-    encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+    encoder_layerdrop=0.0, decoder_layerdrop=0.0, drop_path_rate=0.0,
 )  # fmt: skip
 """Written over a config's own values wherever it has the field and the value there is of the same kind."""
 
@@ -94,6 +96,7 @@ OWN: dict[str, dict[str, Any]] = {
     "markuplm": dict(max_xpath_tag_unit_embeddings=7, max_xpath_subs_unit_embeddings=8, tag_pad_id=5, subs_pad_id=6, xpath_unit_hidden_size=4, max_depth=3),
     "mobilebert": dict(embedding_size=20, true_hidden_size=24, intra_bottleneck_size=24, num_feedforward_networks=2),
     "roformer": dict(embedding_size=20),
+    "vit_mae": dict(mask_ratio=0.5),
     "tapas": dict(type_vocab_sizes=[3, 6, 6, 2, 6, 6, 4]),
     "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
     "ernie4_5_vl_moe_text": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
@@ -172,9 +175,15 @@ MORE_INPUTS: dict[str, dict[str, Any]] = {
 }
 """Numbers, and tensors without a gradient, that a type is given beside its tokens."""
 
+_VISION = (
+    "beit", "clip_vision_model", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "siglip_vision_model",
+    "vit", "vit_msn",
+)  # fmt: skip
 PATCHES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(_VISION, {"pixel_values": (3, 3, 8, 8)}),
     "gemma4_vision": {"pixel_values": (3, 16, 48), "pixel_position_ids": [[x, y] for y in range(4) for x in range(4)]},
     "llama4_vision_model": {"pixel_values": (3, 3, 16, 16)},
+    "vit_mae": {"pixel_values": (3, 3, 8, 8), "noise": [0.3, 0.1, 0.4, 0.2]},
 }
 """Vision towers by themselves: what they are given instead of tokens; positions are the same for each of three images."""
 
@@ -235,6 +244,7 @@ def _head_class(config: PreTrainedConfig) -> Any:
 
 def _build(config: PreTrainedConfig, head: str = "") -> PreTrainedModel:
     if head:
+        config.architectures = config.architectures or []  # of a type with several classes of the head: the first
         return HEADS[head].from_config(config)
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     try:
@@ -307,6 +317,8 @@ def batches_for(
 ) -> list[dict[str, torch.Tensor]]:
     """`count` batches, some labels ignored: for any `head` of HEADS the last row padded; with images if the type takes them."""
     generator = torch.Generator().manual_seed(1)
+    if head == "image-classification":
+        return [_images(generator, rows, model_type) for _ in range(count)]
     if head:
         make = _batch_of(head)
         return [{name: x.to(device()) for name, x in make(generator, rows, seq, vocab).items()} for _ in range(count)]
@@ -331,6 +343,12 @@ def batches_for(
             batch["inputs_embeds"] = embeds.to(device(), _dtype(model_type))
         result.append(batch)
     return result
+
+
+def _images(generator: torch.Generator, rows: int, model_type: str) -> dict[str, torch.Tensor]:
+    shape = PATCHES[model_type]["pixel_values"][1:]
+    pixels = torch.randn((rows, *shape), generator=generator).to(device(), _dtype(model_type))
+    return {"pixel_values": pixels, "labels": torch.randint(0, LABELS, (rows,), generator=generator).to(device())}
 
 
 def _batch_of(head: str) -> Callable[[torch.Generator, int, int, int], dict[str, torch.Tensor]]:

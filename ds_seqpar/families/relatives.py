@@ -11,6 +11,7 @@ _SHARING: Mapping[str, tuple[str, ...]] = {
     "bert": (
         "bert-generation", "camembert", "data2vec-text", "ernie", "layoutlm", "markuplm", "roberta", "roc_bert", "xlm-roberta",
     ),
+    "dinov2": ("dinov2_with_registers",),
     "rembert": ("big_bird", "roformer", "tapas"),
     "gpt2": ("gpt-sw3",),
     "qwen3_vl_text": ("nomic_bert", "stablelm"),

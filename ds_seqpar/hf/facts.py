@@ -129,7 +129,7 @@ def _stacks(model: PreTrainedModel, called: tuple[str, ...]) -> tuple[str, ...]:
 
 def _more_embeddings(model: PreTrainedModel, stacks: tuple[str, ...], embedding: Any) -> tuple[str, ...]:
     """Names of the stacks' own embedding modules; tied or not, they are not the model's."""
-    own = {id(model.get_submodule(stack).get_input_embeddings()) for stack in stacks} - {id(embedding)}
+    own = {id(_input_embedding(model.get_submodule(stack))) for stack in stacks} - {id(embedding), id(None)}
     return tuple(name for name, module in model.named_modules() if id(module) in own)
 
 
@@ -155,6 +155,11 @@ def _refuse_settings(config: Any) -> None:
             raise PlanError(
                 f"{name}={getattr(config, name)}: layers are skipped by random numbers that differ between ranks; set it to 0.0"
             )
+    if getattr(config, "drop_path_rate", 0.0):
+        raise PlanError(
+            f"drop_path_rate={config.drop_path_rate}: a block's output is dropped image by image, where a rank holds tokens of several; "
+            "set it to 0.0"
+        )
     if getattr(config, "chunk_size_feed_forward", 0):
         raise PlanError(
             f"chunk_size_feed_forward={config.chunk_size_feed_forward} cuts the sequence inside a layer; set it to 0 (the "

@@ -176,11 +176,13 @@ class ShardedLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """TokenShard or full [b, s, h], the first argument -> TokenShard (or, where tokens are not cut, [b, s, h])."""
-        region = self.seqpar.region
-        if region is None:
-            raise SeqParError(f"{type(self).__name__} was called outside a forward of its model")
+        region, begin = self.seqpar.region, self.seqpar.begin
         first, *names = parameters_of(super().forward.__func__)  # type: ignore[misc]
         hidden_states, *rest = args or (kwargs.pop(first),)
+        if region is None and begin is not None:
+            region = begin(*hidden_states.shape[:2])
+        if region is None:
+            raise SeqParError(f"{type(self).__name__} was called outside a forward of its model")
         if isinstance(hidden_states, TokenShard):
             local = hidden_states.local()
         else:
