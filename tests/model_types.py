@@ -96,6 +96,15 @@ OWN: dict[str, dict[str, Any]] = {
     "markuplm": dict(max_xpath_tag_unit_embeddings=7, max_xpath_subs_unit_embeddings=8, tag_pad_id=5, subs_pad_id=6, xpath_unit_hidden_size=4, max_depth=3),
     "mobilebert": dict(embedding_size=20, true_hidden_size=24, intra_bottleneck_size=24, num_feedforward_networks=2),
     "roformer": dict(embedding_size=20),
+    "deberta": dict(relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=5),
+    "deberta-v2": dict(relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4, share_att_key=True,
+        norm_rel_ebd="layer_norm", conv_kernel_size=3, conv_act="gelu"),
+    "big_bird": dict(attention_type="original_full"),
+    "dbrx": dict(d_model=48, n_heads=6, n_layers=2, max_seq_len=64, resid_pdrop=0.0, emb_pdrop=0.0, attn_config=dict(kv_n_heads=3, rope_theta=10000.0, clip_qkv=8.0),
+        ffn_config=dict(ffn_hidden_size=50, moe_num_experts=4, moe_top_k=2, hidden_size=48)),
+    "jetmoe": dict(num_attention_heads=6, kv_channels=8),
+    "mpnet": dict(relative_attention_num_buckets=32),
+    "ctrl": dict(dff=50),
     "vit_mae": dict(mask_ratio=0.5),
     "tapas": dict(type_vocab_sizes=[3, 6, 6, 2, 6, 6, 4]),
     "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
@@ -188,7 +197,7 @@ PATCHES: dict[str, dict[str, Any]] = {
 """Vision towers by themselves: what they are given instead of tokens; positions are the same for each of three images."""
 
 LABELS, CHOICES = 3, 2
-FLOAT32 = ("inkling2_loop_text", "inkling2_text")
+FLOAT32 = ("xglm", "inkling2_loop_text", "inkling2_text")
 """Types whose code has a dtype of its own inside."""
 
 

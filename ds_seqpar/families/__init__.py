@@ -8,13 +8,15 @@ A type's file carries its name, with _ for -. A file may hold these names, all o
                 of the config that only this block sees
     LAYER_PARAMETERS  names of parameters that layers own themselves and use token by token
     TOKEN_INPUTS      names of arguments of a layer's forward, beside the hidden states, that hold something for each token
-    HEAD_INPUTS       block pattern -> {argument of its forward: "heads" | "batch x heads" | "batch, heads"}, its first dimensions
+    HEAD_INPUTS       block pattern -> {argument of its forward: "heads" | "batch x heads" | "batch, heads"}, its first dimensions; "all"
+                      for what every head is given whole
     BLOCKS      patterns of the modules that are blocks, where a layer's direct child is too much
     OPTIONAL    patterns of STYLES that some configurations of the type have no module for
     STACKS      what the modules are called that are called with tokens, where there are several; patterns are relative to each
     STATES      names of arguments of a stack's forward that are another stack's output
     BASE        name of the module that is called with the inputs, where it is not transformers' base model
     LIKE        another model type whose file this one starts from; a type of which that is all stands in `relatives.py` instead
+    SETTINGS    name in the config -> (the one value that can be sharded exactly, why no other can)
     REFUSED     why the type cannot be sharded exactly
 """
 
@@ -58,6 +60,7 @@ class Family:
     stacks: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
     base: str = ""
+    settings: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     refused: str = ""
 
 
@@ -90,5 +93,6 @@ def family(model_type: str) -> Family:
         data.get("STACKS", base.stacks),
         data.get("STATES", base.states),
         data.get("BASE", base.base),
+        {**base.settings, **data.get("SETTINGS", {})},
         data.get("REFUSED", base.refused),
     )

@@ -15,6 +15,7 @@ _SHARING: Mapping[str, tuple[str, ...]] = {
     "rembert": ("big_bird", "roformer", "tapas"),
     "gpt2": ("gpt-sw3",),
     "qwen3_vl_text": ("nomic_bert", "stablelm"),
+    "xglm": ("biogpt",),
     "t5": ("mt5", "umt5"),
     "vit": ("deit", "ijepa", "vit_mae", "vit_msn"),
 }  # fmt: skip

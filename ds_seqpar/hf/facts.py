@@ -52,6 +52,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
             "with fused_linear_cross_entropy=False (the loss is fused here)"
         )
     _refuse_settings(text)
+    for name, (value, why) in data.settings.items():
+        if getattr(text, name, value) != value:
+            raise PlanError(f"{name}={getattr(text, name)!r} cannot be sharded exactly: {why}; set it to {value!r}")
     plan = {(f"{plans_name}.{k}" if plans_name else k): v for k, v in (text.base_model_tp_plan or {}).items()}
     embedding, head = _input_embedding(model), model.get_output_embeddings()
     heads = int(_common(text, "num_attention_heads") or 0)

@@ -127,6 +127,9 @@ class ShardedBlock:
         call = functools.partial(super().__call__, **kwargs)  # type: ignore[misc]
         state = self.seqpar
         replayed = state.recompute_mlp and self.recomputable and torch.is_grad_enabled() and self.training  # type: ignore[attr-defined]
+        same = tuple(i for i, x in enumerate(args) if i and x is args[0])
+        if same:  # such as an attention's keys and values; hooks may make them other objects
+            args, call = tuple(None if i in same else x for i, x in enumerate(args)), functools.partial(call, _same=same)
         if args and isinstance(args[0], NormedRows) and (replayed or id(self) in args[0].region.watched):
             args = (args[0].materialise(), *args[1:])
         if replayed:
@@ -139,8 +142,11 @@ class ShardedBlock:
             return checkpoint(replay, *args, use_reentrant=False)
         return call(*args)
 
-    def forward(self, local: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """local [1, c, h] (or [b, s, h] where tokens are not cut) -> what the block returns, its output local too."""
+    def forward(self, local: Tensor, *args: Any, _same: tuple[int, ...] = (), **kwargs: Any) -> Any:
+        """local [1, c, h] (or [b, s, h] where tokens are not cut) -> what the block returns, its output local too.
+
+        `_same`: places of arguments that are the first one once more.
+        """
         state, region = self.seqpar, self.seqpar.region
         if region is None:
             raise SeqParError(
@@ -151,6 +157,7 @@ class ShardedBlock:
             handle = GatheredInput.of_normed(local)
         else:
             handle = GatheredInput(local, region, state, remake_of(local))
+        args = tuple(handle if i in _same else x for i, x in enumerate(args, 1)) if _same else args
         drops_heads = not region.cut and self.training and state.groups.tp_size > 1  # type: ignore[attr-defined]
         outer, state.in_block, state.block_forked = state.in_block, True, drops_heads
         state.sums_rows_later = not outer and torch.is_grad_enabled() and id(self) not in region.watched
@@ -191,8 +198,8 @@ class ShardedLayer:
         kwargs = {name: self._local(name, x, region) for name, x in kwargs.items()}
         with self.seqpar.hooks_see_rows():
             output = super().__call__(local, *rest, _region=region, **kwargs)  # type: ignore[misc]
-        if isinstance(output, tuple):
-            return (self._wrapped(output[0], region), *output[1:])
+        if isinstance(output, tuple | list):
+            return type(output)((self._wrapped(output[0], region), *output[1:]))
         return self._wrapped(output, region)
 
     def _local(self, name: str, x: Any, region: TokenRegion) -> Any:
@@ -210,6 +217,6 @@ class ShardedLayer:
         state = self.seqpar
         with state.within(_region), state.partial.in_layer(self, by_layer=_region.by_layer):  # type: ignore[arg-type]
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
-            if isinstance(output, tuple) and isinstance(output[0], UnsummedRows):
-                return (output[0].materialise(), *output[1:])
+            if isinstance(output, tuple | list) and isinstance(output[0], UnsummedRows):
+                return type(output)((output[0].materialise(), *output[1:]))
             return output.materialise() if isinstance(output, UnsummedRows) else output

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..errors import SeqParError
 from ..kernels.addition import PassedGradient
@@ -123,9 +124,11 @@ class ColumnParallelLinear(nn.Linear):
         """As `__call__`, below the hooks."""
         if isinstance(input, GatheredInput):
             return input.column(self)
-        tokens, state = input.numel() // input.shape[-1], self.seqpar
-        region = TokenRegion(1, tokens, False, state.groups, summed_later=state.in_block)
-        output = column_parallel(input, region, [self.as_linear()])[0]
+        own, state = self.as_linear(), self.seqpar
+        if state.in_block:  # the gradient of what the block's code made is a part already
+            return linear(input, own.weight, own.bias)
+        region = TokenRegion(1, input.numel() // input.shape[-1], False, state.groups)
+        output = column_parallel(input, region, [own])[0]
         return output.view(*input.shape[:-1], -1)
 
 

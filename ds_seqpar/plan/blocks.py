@@ -208,6 +208,10 @@ class BlockPlanner:
 
     def _plan_norm_over_heads(self, block: BlockPlan, name: str, style: Style | None, why: str) -> bool:
         """Plans an RMS norm over the width of all heads together, which is cut with them; False if it is none."""
+        if style is Style.CUT_NORM and name.rpartition(".")[2] not in NORMS_OVER_HEADS:  # of what goes into a row-parallel linear
+            cut = self.sections.cut(block, name, 0, self.facts.modules[name].shapes["weight"][0], self._roles(name))
+            self.result.modules[name] = ModulePlan(name, Style.CUT_NORM, {"weight": cut}, why)
+            return True
         leaf, width = name.rpartition(".")[2], self.facts.modules[name].shapes.get("weight", (0,))
         if leaf not in NORMS_OVER_HEADS:
             return False
@@ -261,6 +265,10 @@ class BlockPlanner:
 
     def _plan_parameters(self, block: BlockPlan, name: str, words: Mapping[str, Word], why: str) -> bool:
         """A module whose parameters are planned one by one: experts [E, out, in], attention sinks [heads]."""
+        if all(words.get(key, (None, ""))[0] is Style.TOKENWISE for key in self.facts.modules[name].shapes):
+            self.result.tokenwise.append(name)  # such as a bias that the layer adds to the block's output
+            self.result.asserted.add(name)
+            return True
         cuts, once = {}, []
         for key, shape in self.facts.modules[name].shapes.items():
             if key not in words:

@@ -1,0 +1,4 @@
+"""XGLM: OPT's layers, without a decoder around them."""
+
+LIKE = "opt"
+BASE = ""
