@@ -2,3 +2,4 @@
 
 LIKE = "opt"
 BASE = ""
+ATTRIBUTES = {"layers.*.self_attn": {"embed_dim": "local_width"}}

@@ -182,6 +182,9 @@ def _block_heads(model: nn.Module, num_heads: int, num_kv_heads: int) -> dict[st
     """(query heads, kv heads) of the attention modules whose sizes say something else than the config."""
     found = {}
     for name, module in model.named_modules():
+        own = tuple(vars(module).get(count) for count in ("num_heads", "num_key_value_heads"))
+        if all(type(count) is int for count in own) and own != (num_heads, num_kv_heads) and not hasattr(module, "k_proj"):
+            found[name] = own  # of a packed weight
         head_dim, key = getattr(module, "head_dim", None), unwrapped(getattr(module, "k_proj", None))
         groups = getattr(module, "num_key_value_groups", 1 if hasattr(module, "embed_dim") else None)
         if not (isinstance(head_dim, int) and isinstance(key, nn.Linear) and isinstance(groups, int)):
