@@ -62,7 +62,7 @@ SIZES: dict[str, Any] = dict(
     encoder_ffn_dim=50, decoder_ffn_dim=54, encoder_attention_heads=6, decoder_attention_heads=4, decoder_start_token_id=2,
     dropout=0.0, activation_dropout=0.0, classifier_dropout=0.0, classifier_dropout_prob=0.0, d_ff=50, d_kv=8, dropout_rate=0.0,
     relative_attention_num_buckets=8, relative_attention_max_distance=12, image_size=8, patch_size=4, layerdrop=0.0,
-    encoder_layerdrop=0.0, decoder_layerdrop=0.0, drop_path_rate=0.0,
+    summary_first_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0, drop_path_rate=0.0,
 )  # fmt: skip
 """Written over a config's own values wherever it has the field and the value there is of the same kind."""
 
@@ -107,9 +107,11 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon_mamba": dict(state_size=4, time_step_rank=3),
     "mamba2": dict(num_heads=12, head_dim=8, expand=2, state_size=4, n_groups=2, chunk_size=4),
     "recurrent_gemma": dict(num_hidden_layers=3, lru_width=48, attention_window_size=5, block_types=["recurrent", "attention"]),
+    "xlstm": dict(hidden_size=64, num_heads=4, chunk_size=16),
     "rwkv": dict(attention_hidden_size=48, context_length=64),
     "xlm": dict(gelu_activation=True), "flaubert": dict(gelu_activation=True),
-    "zamba2": dict(num_hidden_layers=3, layer_types=["linear_attention", "hybrid", "hybrid"], num_mem_blocks=1, mamba_d_state=4, n_mamba_heads=12,
+    "mllama_text_model": dict(num_hidden_layers=2, cross_attention_layers=[]),
+    "zamba2": dict(hybrid_layer_ids=[1, 2], num_hidden_layers=3, layer_types=["linear_attention", "hybrid", "hybrid"], num_mem_blocks=1, mamba_d_state=4, n_mamba_heads=12,
         mamba_headdim=8, mamba_ngroups=2, chunk_size=4, adapter_rank=4, attention_hidden_size=96, attention_head_dim=16, use_shared_attention_adapter=True,
         num_key_value_heads=6),
     "zamba": dict(num_hidden_layers=3, layer_types=["linear_attention", "hybrid", "hybrid"], mamba_d_state=4, n_mamba_heads=2,

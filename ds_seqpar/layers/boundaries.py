@@ -175,7 +175,7 @@ class ShardedBlock:
 class ShardedLayer:
     """A decoder layer: between its blocks it runs on this rank's tokens; its input and output are TokenShards.
 
-    `token_inputs` names further arguments of its forward that hold something for each token, [b, s, ...].
+    `token_inputs` names further arguments of its forward that hold something for each token, [b, s, ...] or [b, 1, s, ...].
     """
 
     seqpar: ShardingState
@@ -205,9 +205,11 @@ class ShardedLayer:
     def _local(self, name: str, x: Any, region: TokenRegion) -> Any:
         if isinstance(x, TokenShard):
             return x.local()
-        if name in self.token_inputs and isinstance(x, Tensor):
-            return region.local_of_replicated(x)
-        return x
+        if name not in self.token_inputs or not isinstance(x, Tensor):
+            return x
+        if x.dim() > 2 and x.shape[1] == 1 and tuple(x.shape[:2]) != (region.batch, region.seq):
+            return region.local_of_replicated(x.transpose(1, 2)).transpose(1, 2) if region.cut else x
+        return region.local_of_replicated(x)
 
     def _wrapped(self, local: Tensor, region: TokenRegion) -> Tensor:
         return TokenShard(local, region, self.seqpar) if region.cut else local
