@@ -226,6 +226,7 @@ class _Injection:
         for stream, name in enumerate(self.facts.bases):
             base = self.model.get_submodule(name)
             base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
+            base.pads = family(self.facts.data_file).pads  # type: ignore[assignment]
             base.states, base.stream = family(self.facts.data_file).states, stream  # type: ignore[assignment]
             self._boundary(base, ShardedModel)
             inside = (self.model.get_submodule(layer) for layer in self.plan.layers if not name or holds(name, layer))
@@ -452,6 +453,9 @@ class _Injection:
             kinds = {BlockKind.SUMMED: SummedBlock, BlockKind.EXPERTS: ExpertsBlock, BlockKind.WHOLE: WholeBlock}
             self._boundary(module, kinds[block.kind])
             return
+        for inner in list(module.modules())[1:]:
+            if isinstance(inner, nn.Sequential):  # such as an adapter's two linears
+                become(inner, TakesHandles)
         columns = [module_at(self.model, name) for name in block.columns]
         siblings = tuple(c for c in columns if c.in_features == self.facts.hidden_size)
         for column in columns:

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -33,6 +34,7 @@ MULTIMODAL = tuple(sorted(PARTS))
 """Models of several parts; those among them that have a plan for a part beside the language model are planned types, too."""
 
 HEADS: dict[str, Any] = {
+    "speech-seq2seq-lm": AutoModelForSpeechSeq2Seq,
     "image-classification": AutoModelForImageClassification,
     "masked-lm": AutoModelForMaskedLM,
     "multiple-choice": AutoModelForMultipleChoice,
@@ -118,6 +120,16 @@ OWN: dict[str, dict[str, Any]] = {
         mamba_dt_rank=4, attention_hidden_size=96, attention_head_dim=16, num_key_value_heads=6),
     "mpnet": dict(relative_attention_num_buckets=32),
     "ctrl": dict(dff=50),
+    "audio-spectrogram-transformer": dict(max_length=12, num_mel_bins=8, frequency_stride=4, time_stride=4),
+    "whisper": dict(num_mel_bins=8, max_source_positions=5, max_target_positions=64),
+    "beit": dict(use_mask_token=False, layer_scale_init_value=0.1, out_indices=[0, 1]),
+    "data2vec-vision": dict(layer_scale_init_value=0.1, out_indices=[0, 1]),
+    "convbert": dict(embedding_size=20, conv_kernel_size=3),
+    "bigbird_pegasus": dict(attention_type="original_full"),
+    "switch_transformers": dict(num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, router_jitter_noise=0.0),
+    "nllb-moe": dict(encoder_sparse_step=2, decoder_sparse_step=2, moe_token_dropout=0.0, router_jitter_noise=0.0),
+    "longt5": dict(local_radius=3, decoder_start_token_id=0),
+    "longformer": dict(attention_window=4), "led": dict(attention_window=4, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64),
     "vit_mae": dict(mask_ratio=0.5),
     "tapas": dict(type_vocab_sizes=[3, 6, 6, 2, 6, 6, 4]),
     "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
@@ -204,6 +216,7 @@ _VISION = (
 PATCHES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_VISION, {"pixel_values": (3, 3, 8, 8)}),
     "gemma4_vision": {"pixel_values": (3, 16, 48), "pixel_position_ids": [[x, y] for y in range(4) for x in range(4)]},
+    "audio-spectrogram-transformer": {"input_values": (3, 12, 8)},
     "llama4_vision_model": {"pixel_values": (3, 3, 16, 16)},
     "vit_mae": {"pixel_values": (3, 3, 8, 8), "noise": [0.3, 0.1, 0.4, 0.2]},
 }
@@ -341,6 +354,10 @@ def batches_for(
     generator = torch.Generator().manual_seed(1)
     if head == "image-classification":
         return [_images(generator, rows, model_type) for _ in range(count)]
+    if head == "speech-seq2seq-lm":
+        batches = batches_for(count, rows, seq, head="seq2seq-lm")
+        sounds = torch.randn((rows, 8, 10), generator=generator).to(device(), _dtype(model_type))
+        return [{"input_features": sounds, "labels": batch["labels"]} for batch in batches]
     if head:
         make = _batch_of(head)
         return [{name: x.to(device()) for name, x in make(generator, rows, seq, vocab).items()} for _ in range(count)]

@@ -14,6 +14,7 @@ A type's file carries its name, with _ for -. A file may hold these names, all o
     OPTIONAL    patterns of STYLES that some configurations of the type have no module for
     STACKS      what the modules are called that are called with tokens, where there are several; patterns are relative to each
     STATES      names of arguments of a stack's forward that are another stack's output
+    PADS        True if a stack pads its tokens itself, so that they are counted where its first layer is given them
     BASE        name of the module that is called with the inputs, where it is not transformers' base model
     LIKE        another model type whose file this one starts from; a type of which that is all stands in `relatives.py` instead
     SETTINGS    name in the config -> (the one value that can be sharded exactly, why no other can)
@@ -59,6 +60,7 @@ class Family:
     optional: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
+    pads: bool = False
     base: str = ""
     settings: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     refused: str = ""
@@ -92,6 +94,7 @@ def family(model_type: str) -> Family:
         data.get("OPTIONAL", base.optional),
         data.get("STACKS", base.stacks),
         data.get("STATES", base.states),
+        data.get("PADS", base.pads),
         data.get("BASE", base.base),
         {**base.settings, **data.get("SETTINGS", {})},
         data.get("REFUSED", base.refused),

@@ -115,11 +115,13 @@ class _Guarded:
 class ShardedModel(_Guarded):
     """The base model, or one of its stacks: decides how this forward's tokens lie, and shows its outputs as TokenShards.
 
-    `states` names arguments that are another stack's output; `stream` numbers the stacks, whose random numbers differ.
+    `states` names arguments that are another stack's output; `stream` numbers the stacks, whose random numbers differ. One that `pads`
+    has more tokens than it is given, and is asked for their number where its layers begin.
     """
 
     states: tuple[str, ...] = ()
     stream: int = 0
+    pads: bool = False
 
     _shards: set[Path] | None = None  # where in the output of the call that is running the shards are
     _sharded: dict[str, nn.Module] | None = None
@@ -191,7 +193,9 @@ class ShardedModel(_Guarded):
         return self.seqpar.random.fork(seed + self.stream, per_rank=region.cut)
 
     def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int] | None:
-        """(b, s) of the tokens that the model was given; None for one that makes them itself, of images."""
+        """(b, s) of the tokens that the model was given; None for one that pads them, or makes them itself, of images."""
+        if self.pads:
+            return None
         names = parameters_of(type(self).forward)
         given = dict(zip(names, args, strict=False)) | kwargs
         for name in _TOKENS:

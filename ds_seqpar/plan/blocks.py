@@ -39,8 +39,10 @@ class BlockPlanner:
             m: {p: words[f"{m}.{p}"] for p in self.facts.modules[m].shapes if f"{m}.{p}" in words} for m in members
         }
         own = words.get(name)
-        if own is not None and own[0] is Style.WHOLE:
-            return self.result.repeat_whole(name, members, own[1])
+        inner = next((word for word in planned.values() if word[0] is Style.WHOLE and word[1] == data_file_of(self.facts)), None)
+        whole = own if own is not None and own[0] is Style.WHOLE else inner
+        if whole is not None:
+            return self.result.repeat_whole(name, members, whole[1])
         if own is not None and own[0] is Style.TOKENWISE:
             self.result.tokenwise.extend(members)
             self.result.asserted.update(members)
