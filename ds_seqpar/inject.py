@@ -227,6 +227,7 @@ class _Injection:
             base = self.model.get_submodule(name)
             base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
             base.pads = family(self.facts.data_file).pads  # type: ignore[assignment]
+            base.repeats_states = family(self.facts.data_file).repeats_states  # type: ignore[assignment]
             base.states, base.stream = family(self.facts.data_file).states, stream  # type: ignore[assignment]
             self._boundary(base, ShardedModel)
             inside = (self.model.get_submodule(layer) for layer in self.plan.layers if not name or holds(name, layer))
@@ -485,7 +486,8 @@ class _Injection:
         if heads is None or not block.has_heads:
             return
         counts = {"num_local_heads": heads.num_local_heads(rank), "num_local_kv_heads": heads.num_local_kv_heads(rank)}
-        counts["local_width"] = counts["num_local_heads"] * self.facts.head_dim
+        own = vars(module).get("head_dim")
+        counts["local_width"] = counts["num_local_heads"] * (own if type(own) is int else self.facts.head_dim)
         n, kv = self.facts.heads_of(block.name)
         for part in module.modules():
             for names, whole, local in ((QUERY_COUNTS, n, "num_local_heads"), (KV_COUNTS, kv, "num_local_kv_heads")):

@@ -126,7 +126,7 @@ OWN: dict[str, dict[str, Any]] = {
     "data2vec-vision": dict(layer_scale_init_value=0.1, out_indices=[0, 1]),
     "convbert": dict(embedding_size=20, conv_kernel_size=3),
     "bigbird_pegasus": dict(attention_type="original_full"),
-    "switch_transformers": dict(num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, router_jitter_noise=0.0),
+    "switch_transformers": dict(num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0, router_jitter_noise=0.0),
     "nllb-moe": dict(encoder_sparse_step=2, decoder_sparse_step=2, moe_token_dropout=0.0, router_jitter_noise=0.0),
     "longt5": dict(local_radius=3, decoder_start_token_id=0),
     "longformer": dict(attention_window=4), "led": dict(attention_window=4, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64),
@@ -222,8 +222,12 @@ PATCHES: dict[str, dict[str, Any]] = {
 }
 """Vision towers by themselves: what they are given instead of tokens; positions are the same for each of three images."""
 
+WITHOUT: dict[str, tuple[str, ...]] = {"longformer": ("multiple-choice", "question-answering"), "mra": ("multiple-choice",)}
+"""Heads that cannot be measured: Longformer finds the question by three separators in its tokens; MRA computes in float32, where the
+gradient of a bias that all choices share is nothing but rounding."""
+
 LABELS, CHOICES = 3, 2
-FLOAT32 = ("xglm", "inkling2_loop_text", "inkling2_text")
+FLOAT32 = ("mra", "xglm", "inkling2_loop_text", "inkling2_text")
 """Types whose code has a dtype of its own inside."""
 
 
@@ -242,7 +246,8 @@ def heads_of(model_type: str) -> tuple[str, ...]:
     """The heads of HEADS that transformers has for the type, which it is measured with; none for a model of several parts."""
     if model_type in MULTIMODAL:
         return ()
-    return tuple(head for head, auto in HEADS.items() if CONFIG_MAPPING[model_type] in auto._model_mapping)
+    there = (head for head, auto in HEADS.items() if CONFIG_MAPPING[model_type] in auto._model_mapping)
+    return tuple(head for head in there if head not in WITHOUT.get(model_type, ()))
 
 
 def tiny_config(model_type: str, **more: Any) -> PreTrainedConfig:

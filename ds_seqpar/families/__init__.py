@@ -14,6 +14,7 @@ A type's file carries its name, with _ for -. A file may hold these names, all o
     OPTIONAL    patterns of STYLES that some configurations of the type have no module for
     STACKS      what the modules are called that are called with tokens, where there are several; patterns are relative to each
     STATES      names of arguments of a stack's forward that are another stack's output
+    REPEATS_STATES    True if the blocks that read STATES are repeated whole
     PADS        True if a stack pads its tokens itself, so that they are counted where its first layer is given them
     BASE        name of the module that is called with the inputs, where it is not transformers' base model
     LIKE        another model type whose file this one starts from; a type of which that is all stands in `relatives.py` instead
@@ -60,6 +61,7 @@ class Family:
     optional: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
+    repeats_states: bool = False
     pads: bool = False
     base: str = ""
     settings: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
@@ -94,6 +96,7 @@ def family(model_type: str) -> Family:
         data.get("OPTIONAL", base.optional),
         data.get("STACKS", base.stacks),
         data.get("STATES", base.states),
+        data.get("REPEATS_STATES", base.repeats_states),
         data.get("PADS", base.pads),
         data.get("BASE", base.base),
         {**base.settings, **data.get("SETTINGS", {})},

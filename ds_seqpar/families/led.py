@@ -1,18 +1,6 @@
-"""LED: its encoder pads its tokens to whole windows, and its attention is repeated whole."""
+"""LED: its encoder pads its tokens to whole windows; its attentions view their output in the shape of their input, and are repeated
+whole."""
 
-STYLES = {
-    "layers.*.self_attn.longformer_self_attn.query": "whole",
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.out_proj": "rowwise",
-    "layers.*.encoder_attn.q_proj": "colwise",
-    "layers.*.encoder_attn.k_proj": "colwise",
-    "layers.*.encoder_attn.v_proj": "colwise",
-    "layers.*.encoder_attn.out_proj": "rowwise",
-    "layers.*.fc1": "colwise",
-    "layers.*.fc2": "rowwise",
-}
+LIKE = "trocr"
 STACKS = ("encoder", "decoder")
-STATES = ("encoder_hidden_states",)
 PADS = True

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 __all__ = ["RELATIVES"]
 
 _SHARING: Mapping[str, tuple[str, ...]] = {
-    "bart": ("blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr", "whisper"),
+    "bart": ("blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "plbart", "whisper"),
     "bert": (
         "bert-generation", "camembert", "data2vec-text", "ernie", "layoutlm", "markuplm", "roberta", "roc_bert", "xlm-roberta",
     ),

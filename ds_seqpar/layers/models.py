@@ -115,11 +115,12 @@ class _Guarded:
 class ShardedModel(_Guarded):
     """The base model, or one of its stacks: decides how this forward's tokens lie, and shows its outputs as TokenShards.
 
-    `states` names arguments that are another stack's output; `stream` numbers the stacks, whose random numbers differ. One that `pads`
+    `states` names arguments that are another stack's output, which blocks cut by heads read unless it `repeats_states`; `stream` numbers the stacks, whose random numbers differ. One that `pads`
     has more tokens than it is given, and is asked for their number where its layers begin.
     """
 
     states: tuple[str, ...] = ()
+    repeats_states: bool = False
     stream: int = 0
     pads: bool = False
 
@@ -251,7 +252,8 @@ class ShardedModel(_Guarded):
     def _with_states(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments, with another stack's output whole for the cross-attentions of all layers.
 
-        It is gathered once, and the gradients that the layers' linears give it, which are parts, are reduce-scattered once.
+        It is gathered once, and the gradients that the layers' linears give it, which are parts, are reduce-scattered once. Where every
+        rank repeats the blocks that read it, they are whole on each.
         """
         if not self.states:
             return args, kwargs
@@ -262,10 +264,11 @@ class ShardedModel(_Guarded):
     def _whole(self, x: Any) -> Any:
         if isinstance(x, TokenShard):
             if torch.is_grad_enabled():
-                return x.region.full_for_partial(x.local())
+                region = x.region
+                return region.full_for_replicated(x.local()) if self.repeats_states else region.full_for_partial(x.local())
             x._expected = True
             return x.materialise("cross-attention")  # kept: generate() gives the same one to every step
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and not self.repeats_states:
             return copy_for_partial(x, self.seqpar.groups.tp_group)
         return x
 
