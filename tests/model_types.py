@@ -109,7 +109,7 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon_mamba": dict(state_size=4, time_step_rank=3),
     "mamba2": dict(num_heads=12, head_dim=8, expand=2, state_size=4, n_groups=2, chunk_size=4),
     "recurrent_gemma": dict(num_hidden_layers=3, lru_width=48, attention_window_size=5, block_types=["recurrent", "attention"]),
-    "xlstm": dict(hidden_size=64, num_heads=4, chunk_size=16),
+    "xlstm": dict(hidden_size=64, num_heads=4, chunk_size=16, qk_dim_factor=1.0),
     "rwkv": dict(attention_hidden_size=48, context_length=64),
     "xlm": dict(gelu_activation=True), "flaubert": dict(gelu_activation=True),
     "mllama_text_model": dict(num_hidden_layers=2, cross_attention_layers=[]),
@@ -122,6 +122,7 @@ OWN: dict[str, dict[str, Any]] = {
     "ctrl": dict(dff=50),
     "audio-spectrogram-transformer": dict(max_length=12, num_mel_bins=8, frequency_stride=4, time_stride=4),
     "whisper": dict(num_mel_bins=8, max_source_positions=5, max_target_positions=64),
+    "dinov3_vit": dict(pos_embed_rescale=None),
     "beit": dict(use_mask_token=False, layer_scale_init_value=0.1, out_indices=[0, 1]),
     "data2vec-vision": dict(layer_scale_init_value=0.1, out_indices=[0, 1]),
     "convbert": dict(embedding_size=20, conv_kernel_size=3),
@@ -222,12 +223,11 @@ PATCHES: dict[str, dict[str, Any]] = {
 }
 """Vision towers by themselves: what they are given instead of tokens; positions are the same for each of three images."""
 
-WITHOUT: dict[str, tuple[str, ...]] = {"longformer": ("multiple-choice", "question-answering"), "mra": ("multiple-choice",)}
-"""Heads that cannot be measured: Longformer finds the question by three separators in its tokens; MRA computes in float32, where the
-gradient of a bias that all choices share is nothing but rounding."""
+WITHOUT: dict[str, tuple[str, ...]] = {"longformer": ("multiple-choice", "question-answering")}
+"""Heads that random tokens cannot be given to: Longformer's finds the question by three separators."""
 
 LABELS, CHOICES = 3, 2
-FLOAT32 = ("mra", "xglm", "inkling2_loop_text", "inkling2_text")
+FLOAT32 = ("xglm", "inkling2_loop_text", "inkling2_text")
 """Types whose code has a dtype of its own inside."""
 
 

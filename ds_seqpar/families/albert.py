@@ -5,7 +5,7 @@ STYLES = {
     "encoder.albert_layer_groups.*.albert_layers.*.attention.key": "colwise",
     "encoder.albert_layer_groups.*.albert_layers.*.attention.value": "colwise",
     "encoder.albert_layer_groups.*.albert_layers.*.attention.dense": "rowwise",
-    "encoder.albert_layer_groups.*.albert_layers.*.attention.LayerNorm": "replicated_with_grad_allreduce",
+    "encoder.albert_layer_groups.*.albert_layers.*.attention.LayerNorm": "tokenwise",
     "encoder.albert_layer_groups.*.albert_layers.*.ffn": "colwise",
     "encoder.albert_layer_groups.*.albert_layers.*.ffn_output": "rowwise",
     "pooler": "whole",

@@ -15,7 +15,7 @@ _SHARING: Mapping[str, tuple[str, ...]] = {
     "rembert": ("roformer", "tapas"),
     "gpt2": ("gpt-sw3",),
     "clip_vision_model": ("clip_text_model", "siglip_text_model", "siglip_vision_model"),
-    "nystromformer": ("convbert", "mra", "yoso"),
+    "nystromformer": ("convbert", "yoso"),
     "mamba": ("falcon_mamba", "mamba2"),
     "qwen3_vl_text": ("nomic_bert", "stablelm"),
     "xlm": ("flaubert",),

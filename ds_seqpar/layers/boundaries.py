@@ -159,7 +159,7 @@ class ShardedBlock:
             handle = GatheredInput(local, region, state, remake_of(local))
         args = tuple(handle if i in _same else x for i, x in enumerate(args, 1)) if _same else args
         drops_heads = not region.cut and self.training and state.groups.tp_size > 1  # type: ignore[attr-defined]
-        outer, state.in_block, state.block_forked = state.in_block, True, drops_heads
+        outer, state.in_block, state.block_forked, state.block_left = state.in_block, True, drops_heads, False
         state.sums_rows_later = not outer and torch.is_grad_enabled() and id(self) not in region.watched
         try:
             fork = state.random.fork(seed_of_state(), per_rank=True) if drops_heads else nullcontext()
@@ -168,6 +168,7 @@ class ShardedBlock:
                 output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
         finally:
             state.in_block, state.block_forked, state.sums_rows_later = outer, False, False
+            state.block_left = False
         state.apart |= handle.unused()  # such as the keys of a cross-attention
         return output
 

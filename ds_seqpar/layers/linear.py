@@ -155,6 +155,7 @@ class RowParallelLinear(nn.Linear):
     def forward(self, input: Tensor, up: Tensor | None = None, act: str | None = None) -> Tensor:
         """[b, s, in_r] -> the region's local shape with `out` columns; the input is act(input) * up where those are given."""
         region, tokens = self.seqpar.region, input.numel() // input.shape[-1]
+        self.seqpar.block_left = self.seqpar.in_block
         if region is None or region.tokens != tokens:
             if self.seqpar.sequence_parallel and torch.is_grad_enabled():
                 expected = (

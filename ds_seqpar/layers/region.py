@@ -122,6 +122,7 @@ class ShardingState:
     region: TokenRegion | None = None
     begin: Callable[[int, int], TokenRegion] | None = None  # what the first layer of a forward calls, see `beginning`
     in_block: bool = False
+    block_left: bool = False  # the running block's row-parallel linear has given its output, of this rank's rows
     block_forked: bool = False  # the running block opened a random stream of its own
     sums_rows_later: bool = False  # the running block's outputs go to the layer's code alone, see UnsummedRows
     hook_spans: list[tuple[int, int]] | None = None  # see `hooks_see_rows`; None where no hooks are the user's

@@ -109,11 +109,13 @@ def _side(x: Any, tokens: TokenShard) -> Tensor | None:
 
 
 def _beside_rows(left: Any, right: Any) -> tuple[Any, Any]:
-    """Two addends: a block's input, where its code adds it to its output, as the rows beside those of the output."""
+    """Two addends: a block's input, where its code adds it to the block's output, as the rows beside those of the output."""
 
     def beside(x: Any, other: Any) -> Any:
-        rows = isinstance(x, GatheredInput) and x.region.cut and isinstance(other, Tensor) and not isinstance(other, GatheredInput)
-        return x.rows() if rows and other.shape == x.region.local_shape(x.shape[-1]) != x.shape else x
+        if not (isinstance(x, GatheredInput) and x.state.block_left and isinstance(other, Tensor)):
+            return x
+        alone = not isinstance(other, GatheredInput)
+        return x.rows() if alone and other.shape == x.region.local_shape(x.shape[-1]) else x
 
     return beside(left, right), beside(right, left)
 

@@ -167,6 +167,10 @@ class BlockPlanner:
         """Plans one module of a block; False if nothing says what it is."""
         module, leaf = self.facts.modules[name], name.rpartition(".")[2]
         style, why = word or (None, "")
+        if style is Style.TOKENWISE:  # behind the row-parallel linear
+            self.result.tokenwise.append(name)
+            self.result.asserted.add(name)
+            return True
         if style is Style.EXPERTS or (parameters and style in (None, Style.LOCAL, Style.SUMMED)):
             return self._plan_parameters(block, name, parameters, why or TRANSFORMERS)
         if style is Style.LOCAL:
