@@ -1,6 +1,8 @@
 """What a model's own `tp_plan` cannot say, one small data file for each model type that needs one.
 
-A type's file carries its name, with _ for -. A file may hold these names, all optional; patterns are relative to the base model, `*` is a layer's number:
+A type's file carries its name, with _ for -.
+
+A file may hold these names, all optional; patterns are relative to the base model, `*` is a layer's number:
 
     STYLES      pattern -> style, over what the model's tp_plan says
     ROLES       pattern -> the sections of the cut dimension ("q", "kv", "qkv", "even"; see plan.styles.Role)

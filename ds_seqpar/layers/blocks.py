@@ -58,6 +58,7 @@ class _AlikeBlock(ShardedBlock):
     """A block whose random numbers must be equal on every rank."""
 
     draws: bool
+    takes_its_input_again = False
 
     def _region(self) -> TokenRegion:
         region = self.seqpar.region
@@ -98,7 +99,7 @@ class SummedBlock(_AlikeBlock):
 class ExpertsBlock(_AlikeBlock):
     """Experts that the layer itself calls with [c, h] tokens and the [c, k] choices and weights made on them."""
 
-    def forward(self, local: Tensor, *choices: Tensor, **kwargs: Tensor) -> Tensor:
+    def forward(self, local: Tensor, *choices: Tensor, **kwargs: Any) -> Tensor:
         """[c, h] and its choices -> [c, h]."""
         region = self._region()
 

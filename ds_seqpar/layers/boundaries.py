@@ -119,6 +119,7 @@ class ShardedBlock:
     input_name: str
     recomputable: bool
     has_heads: bool
+    takes_its_input_again: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The input goes positionally, where ZeRO-3's hooks look for it."""
@@ -128,7 +129,7 @@ class ShardedBlock:
         state = self.seqpar
         replayed = state.recompute_mlp and self.recomputable and torch.is_grad_enabled() and self.training  # type: ignore[attr-defined]
         same = tuple(i for i, x in enumerate(args) if i and x is args[0])
-        if same:  # such as an attention's keys and values; hooks may make them other objects
+        if same and self.takes_its_input_again:  # such as an attention's keys and values; hooks may make them other objects
             args, call = tuple(None if i in same else x for i, x in enumerate(args)), functools.partial(call, _same=same)
         if args and isinstance(args[0], NormedRows) and (replayed or id(self) in args[0].region.watched):
             args = (args[0].materialise(), *args[1:])

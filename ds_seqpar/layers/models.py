@@ -115,8 +115,9 @@ class _Guarded:
 class ShardedModel(_Guarded):
     """The base model, or one of its stacks: decides how this forward's tokens lie, and shows its outputs as TokenShards.
 
-    `states` names arguments that are another stack's output, which blocks cut by heads read unless it `repeats_states`; `stream` numbers the stacks, whose random numbers differ. One that `pads`
-    has more tokens than it is given, and is asked for their number where its layers begin.
+    `states` names arguments that are another stack's output, which blocks that are cut by heads read, or, where it `repeats_states`,
+    blocks that every rank repeats. `stream` numbers the stacks, whose random numbers differ. One that `pads` has more tokens than it is
+    given, and is asked for their number where its layers begin.
     """
 
     states: tuple[str, ...] = ()

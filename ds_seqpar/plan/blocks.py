@@ -39,8 +39,8 @@ class BlockPlanner:
             m: {p: words[f"{m}.{p}"] for p in self.facts.modules[m].shapes if f"{m}.{p}" in words} for m in members
         }
         own = words.get(name)
-        inner = next((word for word in planned.values() if word[0] is Style.WHOLE and word[1] == data_file_of(self.facts)), None)
-        whole = own if own is not None and own[0] is Style.WHOLE else inner
+        of_member = next((word for word in planned.values() if word[0] is Style.WHOLE and word[1] == data_file_of(self.facts)), None)
+        whole = own if own is not None and own[0] is Style.WHOLE else of_member
         if whole is not None:
             return self.result.repeat_whole(name, members, whole[1])
         if own is not None and own[0] is Style.TOKENWISE:
