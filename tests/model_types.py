@@ -198,7 +198,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "longcat_flash": dict(head_dim=4, num_layers=2, num_hidden_layers=4, ffn_hidden_size=50, expert_ffn_hidden_size=14,
         zero_expert_num=2, moe_topk=3),
-    "neomme": dict(head_dim=16),
+    "neomme": dict(head_dim=16, patch_size=32),
     "qwen2_5_vl_text": _MROPE,
     "qwen2_vl_text": _MROPE,
     "qwen3_5_moe_text": _HYBRID,

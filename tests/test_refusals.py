@@ -209,9 +209,12 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "an encoder without a plan": (_ibert, "'ibert' has no tp_plan"),
     "seq2seq without a plan": (_pegasus_x, "'pegasus_x' is an encoder-decoder without a data file that names its stacks"),
     "layers skipped at random": (_encoder("bart", decoder_layerdrop=0.1), "decoder_layerdrop=0.1: layers are skipped"),
-    "images dropped at random": (_encoder("vit_mae", drop_path_rate=0.1), "drop_path_rate=0.1: a block's output is dropped"),
+    "images dropped at random": (_encoder("dinov2", drop_path_rate=0.1), "drop_path_rate=0.1: a block's output is dropped"),
     "heads mixed with each other": (_encoder("deberta", talking_head=True), "talking_head=True cannot be sharded exactly"),
-    "tokens in the last dimension": (_encoder("squeezebert", embedding_size=48), "its layers hold tokens in the last dimension"),
+    "tokens in the last dimension": (
+        _encoder("squeezebert", embedding_size=48, intermediate_size=48),
+        "its layers hold tokens in the last dimension",
+    ),
     "sequence cut in a layer": (
         _encoder("bert", chunk_size_feed_forward=2),
         "chunk_size_feed_forward=2 cuts the sequence",
