@@ -23,6 +23,7 @@ from .kernels.adjacent import lay_side_by_side
 from .kernels.gating import known_activation
 from .layers.adapters import PassesHandles, TakesHandles
 from .layers.blocks import (
+    AddedOnce,
     ExpertsBlock,
     FirstRankOnly,
     HeadInputs,
@@ -32,7 +33,6 @@ from .layers.blocks import (
     Router,
     SummedBlock,
     WholeBlock,
-    added_once,
     draws_random_numbers,
 )
 from .layers.boundaries import ShardedBlock, ShardedLayer, TokenDropout, TokenwiseModule
@@ -401,8 +401,9 @@ class _Injection:
         if style is Style.ROUTER:
             return type(module).__name__
         if style in (Style.EXPERTS, Style.LOCAL):
-            for key in self.plan.modules[name].once:
-                become(module, added_once(key))
+            if self.plan.modules[name].once:
+                module.once = self.plan.modules[name].once  # type: ignore[assignment]
+                become(module, AddedOnce)
             for child in module.children():
                 if isinstance(child, nn.Identity):  # an expert that returns its input
                     self._boundary(child, FirstRankOnly)

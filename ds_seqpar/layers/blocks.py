@@ -11,7 +11,6 @@ Legend: b batch, s sequence, T = b*s tokens, h hidden, c = ceil(T/t), k choices 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -29,6 +28,7 @@ from .surgery import parameters_of
 from .token_handles import GatheredInput, TokenShard
 
 __all__ = [
+    "AddedOnce",
     "ExpertsBlock",
     "FirstRankOnly",
     "HeadInputs",
@@ -38,7 +38,6 @@ __all__ = [
     "Router",
     "SummedBlock",
     "WholeBlock",
-    "added_once",
     "draws_random_numbers",
 ]
 
@@ -200,14 +199,24 @@ class PartialSumLinear(nn.Linear):
         return linear(input, self.weight, bias)
 
 
-@functools.cache
-def added_once(key: str) -> type:
-    """A mixin in which the parameter `key` [...] reads as zeros on every rank but the first of the group."""
+class AddedOnce:
+    """A module in a SummedBlock whose code adds the parameters named `once`: it sees them as zeros on every rank but the group's first.
 
-    def read(module: Any) -> Tensor:
-        return on_first_rank(module._parameters[key], module.seqpar)
+    The module holds them as ever, for those who look parameters up by name.
+    """
 
-    return type("AddedOnce", (), {key: property(read)})
+    seqpar: ShardingState
+    once: tuple[str, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own."""
+        shown = vars(self)  # found before the module's parameters are
+        try:
+            shown.update({key: on_first_rank(self._parameters[key], self.seqpar) for key in self.once})  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for key in self.once:
+                shown.pop(key, None)
 
 
 class HeadInputs:
