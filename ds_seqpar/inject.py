@@ -226,6 +226,8 @@ class _Injection:
         for stream, name in enumerate(self.facts.bases):
             base = self.model.get_submodule(name)
             base.hidden_size = self.facts.hidden_size  # type: ignore[assignment]
+            base.pads = family(self.facts.data_file).pads  # type: ignore[assignment]
+            base.repeats_states = family(self.facts.data_file).repeats_states  # type: ignore[assignment]
             base.states, base.stream = family(self.facts.data_file).states, stream  # type: ignore[assignment]
             self._boundary(base, ShardedModel)
             inside = (self.model.get_submodule(layer) for layer in self.plan.layers if not name or holds(name, layer))
@@ -255,7 +257,7 @@ class _Injection:
                 self._boundary(module, TokenwiseModule)
             elif isinstance(module, nn.ModuleList | nn.ModuleDict) or is_foreign(module) or adapter_layer(module):
                 continue  # never called, or has boundaries of its own
-            elif not in_base or any(inner.startswith(f"{name}.") for inner in planned):
+            elif not in_base or any(inner.startswith(f"{name}.") for inner in planned) or _holds_nothing(module):
                 self._boundary(module, Passage)
 
     def _is_norm_without_weight(self, module: nn.Module) -> bool:
@@ -452,6 +454,9 @@ class _Injection:
             kinds = {BlockKind.SUMMED: SummedBlock, BlockKind.EXPERTS: ExpertsBlock, BlockKind.WHOLE: WholeBlock}
             self._boundary(module, kinds[block.kind])
             return
+        for inner in list(module.modules())[1:]:
+            if isinstance(inner, nn.Sequential):  # such as an adapter's two linears
+                become(inner, TakesHandles)
         columns = [module_at(self.model, name) for name in block.columns]
         siblings = tuple(c for c in columns if c.in_features == self.facts.hidden_size)
         for column in columns:
@@ -481,7 +486,8 @@ class _Injection:
         if heads is None or not block.has_heads:
             return
         counts = {"num_local_heads": heads.num_local_heads(rank), "num_local_kv_heads": heads.num_local_kv_heads(rank)}
-        counts["local_width"] = counts["num_local_heads"] * self.facts.head_dim
+        own = vars(module).get("head_dim")
+        counts["local_width"] = counts["num_local_heads"] * (own if type(own) is int else self.facts.head_dim)
         n, kv = self.facts.heads_of(block.name)
         for part in module.modules():
             for names, whole, local in ((QUERY_COUNTS, n, "num_local_heads"), (KV_COUNTS, kv, "num_local_kv_heads")):
@@ -507,6 +513,11 @@ def _known_activation(module: nn.Module) -> str | None:
         return known_activation(module)
     except (RuntimeError, TypeError, ValueError):
         return None
+
+
+def _holds_nothing(module: nn.Module) -> bool:
+    """True for what only computes, such as an activation: DeepSpeed's hooks of ZeRO-3 see it, too."""
+    return next(module.children(), None) is None and not module._parameters and not module._buffers
 
 
 def _has_norms(module: nn.Module) -> bool:

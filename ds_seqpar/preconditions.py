@@ -19,6 +19,7 @@ from .plan.facts import ModelFacts
 from .plan.model_plan import ModelPlan
 from .plan.patterns import matches_in
 from .plan.styles import BlockKind, Style
+from .plan.words import data_file_of
 from .plan.wrappers import unwrapped
 
 __all__ = [
@@ -135,7 +136,7 @@ def check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
                 raise PlanError(
                     f"{name}: nn.Embedding({option}={getattr(embedding, option)}) cannot be cut by vocabulary"
                 )
-    whole = [block.name for block in plan.blocks.values() if block.kind is BlockKind.WHOLE]
+    whole = [b.name for b in plan.blocks.values() if b.kind is BlockKind.WHOLE and b.why != data_file_of(facts)]
     if len(facts.stacks) > 1 and whole:
         raise PlanError(
             f"{whole[0]} would be repeated whole by every rank, which is not possible in a model of {len(facts.stacks)} stacks, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -13,27 +14,28 @@ from multimodal import PARTS, with_images
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-CLASSICS = ("bloom", "codegen", "falcon", "gpt2", "gpt_neo", "gpt_oss", "gptj", "mpt", "opt")
-"""Causal language models without a plan in transformers; ours is in their data files."""
+from ds_seqpar.families import has_data_file
 
 MULTIMODAL = tuple(sorted(PARTS))
 """Models of several parts; those among them that have a plan for a part beside the language model are planned types, too."""
 
-ENCODERS = ("bert", "distilbert", "electra", "modernbert", "roberta")
-SEQ2SEQ = ("bart", "t5")
 HEADS: dict[str, Any] = {
+    "speech-seq2seq-lm": AutoModelForSpeechSeq2Seq,
+    "image-classification": AutoModelForImageClassification,
     "masked-lm": AutoModelForMaskedLM,
     "multiple-choice": AutoModelForMultipleChoice,
     "question-answering": AutoModelForQuestionAnswering,
@@ -44,7 +46,7 @@ HEADS: dict[str, Any] = {
 """What stands on a model beside a causal language model's head, as the table names it."""
 
 __all__ = [
-    "ALL", "CLASSICS", "ENCODERS", "HEADS", "MULTIMODAL", "SEQ2SEQ", "NoModelError", "batches_for", "causal", "heads_of",
+    "ALL", "HEADS", "MULTIMODAL", "NoModelError", "batches_for", "causal", "heads_of",
     "planned_types", "tiny_config", "tiny_of",
 ]  # fmt: skip
 
@@ -58,7 +60,11 @@ SIZES: dict[str, Any] = dict(
     index_topk=64, first_k_dense_replace=1, output_router_logits=True, router_aux_loss_coef=0.1, attention_dropout=0.0,
     hidden_dropout=0.0, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
     attn_pdrop=0.0, sliding_window=5, query_pre_attn_scalar=8, linear_num_value_heads=4, linear_num_key_heads=2,
-    linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=3,
+    linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=3, encoder_layers=2, decoder_layers=2,
+    encoder_ffn_dim=50, decoder_ffn_dim=54, encoder_attention_heads=6, decoder_attention_heads=4, decoder_start_token_id=2,
+    dropout=0.0, activation_dropout=0.0, classifier_dropout=0.0, classifier_dropout_prob=0.0, d_ff=50, d_kv=8, dropout_rate=0.0,
+    relative_attention_num_buckets=8, relative_attention_max_distance=12, image_size=8, patch_size=4, layerdrop=0.0,
+    summary_first_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0, drop_path_rate=0.0,
 )  # fmt: skip
 """Written over a config's own values wherever it has the field and the value there is of the same kind."""
 
@@ -78,13 +84,62 @@ _PER_LAYER_INPUT = dict(
     num_kv_shared_layers=0,
 )  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
-    "bart": dict(d_model=48, encoder_ffn_dim=50, decoder_ffn_dim=54, encoder_layers=2, decoder_layers=2, dropout=0.0,
-        encoder_attention_heads=6, decoder_attention_heads=4, decoder_start_token_id=2, scale_embedding=True),
+    "bart": dict(scale_embedding=True),
     "distilbert": dict(dim=48, hidden_dim=50, n_layers=2, n_heads=6, dropout=0.0, qa_dropout=0.0, seq_classif_dropout=0.0),
     "electra": dict(embedding_size=20, summary_last_dropout=0.0),
     "modernbert": dict(local_attention=4, cls_token_id=1, sep_token_id=2, decoder_bias=True),
-    "t5": dict(d_model=48, d_ff=50, d_kv=8, num_heads=6, dropout_rate=0.0, decoder_start_token_id=0, eos_token_id=2,
-        relative_attention_num_buckets=8, relative_attention_max_distance=12),
+    "t5": dict(decoder_start_token_id=0),
+    "mt5": dict(decoder_start_token_id=0),
+    "umt5": dict(decoder_start_token_id=0),
+    "roc_bert": dict(pronunciation_vocab_size=20, pronunciation_embed_dim=6, shape_vocab_size=22, shape_embed_dim=6,
+        enable_pronunciation=True),
+    "rembert": dict(input_embedding_size=20, output_embedding_size=28),
+    "albert": dict(embedding_size=20),
+    "layoutlm": dict(max_2d_position_embeddings=32),
+    "markuplm": dict(max_xpath_tag_unit_embeddings=7, max_xpath_subs_unit_embeddings=8, tag_pad_id=5, subs_pad_id=6,
+        xpath_unit_hidden_size=4, max_depth=3),
+    "mobilebert": dict(embedding_size=20, true_hidden_size=24, intra_bottleneck_size=24, num_feedforward_networks=2),
+    "roformer": dict(embedding_size=20),
+    "deberta": dict(relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=5),
+    "deberta-v2": dict(relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4, share_att_key=True,
+        norm_rel_ebd="layer_norm", conv_kernel_size=3, conv_act="gelu"),
+    "big_bird": dict(attention_type="original_full"),
+    "dbrx": dict(d_model=48, n_heads=6, n_layers=2, max_seq_len=64, resid_pdrop=0.0, emb_pdrop=0.0,
+        attn_config=dict(kv_n_heads=3, rope_theta=10000.0, clip_qkv=8.0),
+        ffn_config=dict(ffn_hidden_size=50, moe_num_experts=4, moe_top_k=2, hidden_size=48)),
+    "jetmoe": dict(num_attention_heads=6, kv_channels=8),
+    "mamba": dict(state_size=4, time_step_rank=3),
+    "falcon_mamba": dict(state_size=4, time_step_rank=3),
+    "mamba2": dict(num_heads=12, head_dim=8, expand=2, state_size=4, n_groups=2, chunk_size=4),
+    "recurrent_gemma": dict(num_hidden_layers=3, lru_width=48, attention_window_size=5, block_types=["recurrent", "attention"]),
+    "xlstm": dict(hidden_size=64, num_heads=4, chunk_size=16, qk_dim_factor=1.0),
+    "rwkv": dict(attention_hidden_size=48, context_length=64),
+    "xlm": dict(gelu_activation=True), "flaubert": dict(gelu_activation=True),
+    "mllama_text_model": dict(num_hidden_layers=2, cross_attention_layers=[]),
+    "zamba2": dict(hybrid_layer_ids=[1, 2], num_hidden_layers=3, layer_types=["linear_attention", "hybrid", "hybrid"],
+        num_mem_blocks=1, mamba_d_state=4, n_mamba_heads=12,
+        mamba_headdim=8, mamba_ngroups=2, chunk_size=4, adapter_rank=4, attention_hidden_size=96, attention_head_dim=16,
+        use_shared_attention_adapter=True,
+        num_key_value_heads=6),
+    "zamba": dict(num_hidden_layers=3, layer_types=["linear_attention", "hybrid", "hybrid"], mamba_d_state=4, n_mamba_heads=2,
+        mamba_dt_rank=4, attention_hidden_size=96, attention_head_dim=16, num_key_value_heads=6),
+    "mpnet": dict(relative_attention_num_buckets=32),
+    "ctrl": dict(dff=50),
+    "audio-spectrogram-transformer": dict(max_length=12, num_mel_bins=8, frequency_stride=4, time_stride=4),
+    "whisper": dict(num_mel_bins=8, max_source_positions=5, max_target_positions=64),
+    "dinov3_vit": dict(pos_embed_rescale=None),
+    "beit": dict(use_mask_token=False, layer_scale_init_value=0.1, out_indices=[0, 1]),
+    "data2vec-vision": dict(layer_scale_init_value=0.1, out_indices=[0, 1]),
+    "convbert": dict(embedding_size=20, conv_kernel_size=3),
+    "bigbird_pegasus": dict(attention_type="original_full"),
+    "switch_transformers": dict(num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+        decoder_start_token_id=0, router_jitter_noise=0.0),
+    "nllb-moe": dict(encoder_sparse_step=2, decoder_sparse_step=2, moe_token_dropout=0.0, router_jitter_noise=0.0),
+    "longt5": dict(local_radius=3, decoder_start_token_id=0),
+    "longformer": dict(attention_window=4), "led": dict(attention_window=4, max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64),
+    "vit_mae": dict(mask_ratio=0.5),
+    "tapas": dict(type_vocab_sizes=[3, 6, 6, 2, 6, 6, 4]),
     "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
     "ernie4_5_vl_moe_text": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}),
     "codegen": dict(num_attention_heads=4, hidden_size=32, rotary_dim=4),
@@ -118,7 +173,8 @@ OWN: dict[str, dict[str, Any]] = {
     "flint": dict(output_router_logits=False),
     "falcon_h1": dict(embedding_multiplier=2.0, lm_head_multiplier=0.5, key_multiplier=0.7, attention_in_multiplier=1.3,
         attention_out_multiplier=0.8, ssm_in_multiplier=1.1, ssm_out_multiplier=0.9, mlp_multipliers=[0.9, 1.2],
-        ssm_multipliers=[1.1, 0.9, 1.2, 0.8, 1.3], mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
+        ssm_multipliers=[1.1, 0.9, 1.2, 0.8, 1.3], mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=8,
+        mamba_chunk_size=8),
     "gemma3n_text": _PER_LAYER_INPUT | dict(activation_sparsity_pattern=[0.0, 0.0], laurel_rank=4),
     "gemma4_text": _PER_LAYER_INPUT | dict(enable_moe_block=True),
     "glm4v_moe_text": _HALF,
@@ -142,7 +198,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "longcat_flash": dict(head_dim=4, num_layers=2, num_hidden_layers=4, ffn_hidden_size=50, expert_ffn_hidden_size=14,
         zero_expert_num=2, moe_topk=3),
-    "neomme": dict(head_dim=16),
+    "neomme": dict(head_dim=16, patch_size=32),
     "qwen2_5_vl_text": _MROPE,
     "qwen2_vl_text": _MROPE,
     "qwen3_5_moe_text": _HYBRID,
@@ -162,14 +218,25 @@ MORE_INPUTS: dict[str, dict[str, Any]] = {
 }
 """Numbers, and tensors without a gradient, that a type is given beside its tokens."""
 
+_VISION = (
+    "beit", "clip_vision_model", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa",
+        "siglip_vision_model",
+    "vit", "vit_msn",
+)  # fmt: skip
 PATCHES: dict[str, dict[str, Any]] = {
+    **{name: {"pixel_values": (3, 3, 8, 8)} for name in _VISION},
     "gemma4_vision": {"pixel_values": (3, 16, 48), "pixel_position_ids": [[x, y] for y in range(4) for x in range(4)]},
+    "audio-spectrogram-transformer": {"input_values": (3, 12, 8)},
     "llama4_vision_model": {"pixel_values": (3, 3, 16, 16)},
+    "vit_mae": {"pixel_values": (3, 3, 8, 8), "noise": [0.3, 0.1, 0.4, 0.2]},
 }
 """Vision towers by themselves: what they are given instead of tokens; positions are the same for each of three images."""
 
+WITHOUT: dict[str, tuple[str, ...]] = {"longformer": ("multiple-choice", "question-answering")}
+"""Heads that random tokens cannot be given to: Longformer's finds the question by three separators."""
+
 LABELS, CHOICES = 3, 2
-FLOAT32 = ("inkling2_loop_text", "inkling2_text")
+FLOAT32 = ("xglm", "inkling2_loop_text", "inkling2_text")
 """Types whose code has a dtype of its own inside."""
 
 
@@ -179,8 +246,8 @@ def planned_types() -> tuple[str, ...]:
     return tuple(sorted(t for t in CONFIG_MAPPING if getattr(CONFIG_MAPPING[t], "base_model_tp_plan", None)))
 
 
-ALL = sorted({*planned_types(), *CLASSICS, *MULTIMODAL, *ENCODERS, *SEQ2SEQ})
-"""Every model type that is measured."""
+ALL = sorted({*planned_types(), *MULTIMODAL, *filter(has_data_file, CONFIG_MAPPING)})
+"""Every model type that is measured: transformers plans it, or a data file here does."""
 
 
 @cache
@@ -188,7 +255,8 @@ def heads_of(model_type: str) -> tuple[str, ...]:
     """The heads of HEADS that transformers has for the type, which it is measured with; none for a model of several parts."""
     if model_type in MULTIMODAL:
         return ()
-    return tuple(head for head, auto in HEADS.items() if CONFIG_MAPPING[model_type] in auto._model_mapping)
+    there = (head for head, auto in HEADS.items() if CONFIG_MAPPING[model_type] in auto._model_mapping)
+    return tuple(head for head in there if head not in WITHOUT.get(model_type, ()))
 
 
 def tiny_config(model_type: str, **more: Any) -> PreTrainedConfig:
@@ -225,6 +293,7 @@ def _head_class(config: PreTrainedConfig) -> Any:
 
 def _build(config: PreTrainedConfig, head: str = "") -> PreTrainedModel:
     if head:
+        config.architectures = config.architectures or []  # of a type with several classes of the head: the first
         return HEADS[head].from_config(config)
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     try:
@@ -273,7 +342,9 @@ def tiny_of(
     torch.manual_seed(0)
     model = _build(config, head)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if any(re.search(key, name) for key in model._keys_to_ignore_on_save or ()):
+                continue  # such as the positions that the class makes anew when it is loaded
             if parameter.dim() > 2 or not bool(torch.isfinite(parameter).all()):
                 parameter.zero_()  # some are left uninitialised
             parameter.add_(torch.randn(parameter.shape) * (0.1 if parameter.dim() == 1 else 0.05))
@@ -295,6 +366,12 @@ def batches_for(
 ) -> list[dict[str, torch.Tensor]]:
     """`count` batches, some labels ignored: for any `head` of HEADS the last row padded; with images if the type takes them."""
     generator = torch.Generator().manual_seed(1)
+    if head == "image-classification":
+        return [_images(generator, rows, model_type) for _ in range(count)]
+    if head == "speech-seq2seq-lm":
+        batches = batches_for(count, rows, seq, head="seq2seq-lm")
+        sounds = torch.randn((rows, 8, 10), generator=generator).to(device(), _dtype(model_type))
+        return [{"input_features": sounds, "labels": batch["labels"]} for batch in batches]
     if head:
         make = _batch_of(head)
         return [{name: x.to(device()) for name, x in make(generator, rows, seq, vocab).items()} for _ in range(count)]
@@ -319,6 +396,12 @@ def batches_for(
             batch["inputs_embeds"] = embeds.to(device(), _dtype(model_type))
         result.append(batch)
     return result
+
+
+def _images(generator: torch.Generator, rows: int, model_type: str) -> dict[str, torch.Tensor]:
+    shape = PATCHES[model_type]["pixel_values"][1:]
+    pixels = torch.randn((rows, *shape), generator=generator).to(device(), _dtype(model_type))
+    return {"pixel_values": pixels, "labels": torch.randint(0, LABELS, (rows,), generator=generator).to(device())}
 
 
 def _batch_of(head: str) -> Callable[[torch.Generator, int, int, int], dict[str, torch.Tensor]]:

@@ -17,7 +17,8 @@ IMAGE = 3  # the id of an image's tokens
 class Parts:
     """`config` of the whole, `towers` its other parts' configs; `shapes` of one image's tensors, `tokens` that it stands for.
 
-    `ids`: the argument, if any, that marks which tokens are an image's.
+    `ids`: the argument, if any, that marks which tokens are an image's. `each`: numbers that every row has. `mask`: the argument, if
+    any, that says which tokens see the row's image, [b, s, 1, 1].
     """
 
     config: Mapping[str, Any]
@@ -26,6 +27,8 @@ class Parts:
     tokens: int = 4
     grid: tuple[int, int, int] | None = None
     ids: str = ""
+    each: Mapping[str, Any] = field(default_factory=dict)
+    mask: str = ""
     text: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -44,6 +47,16 @@ PARTS: dict[str, Parts] = {
         {"vision_config": _VIT | dict(image_size=16, vision_use_head=False)},
         {"pixel_values": (1, 3, 16, 16)}, ids="token_type_ids",
     ),
+    "got_ocr2": Parts(
+        dict(image_token_index=IMAGE),
+        {
+            "vision_config": dict(
+                hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4, window_size=4,
+                global_attn_indexes=[1], mlp_dim=20,
+            ),
+        },
+        {"pixel_values": (1, 3, 32, 32)},
+    ),
     "llama4": Parts(
         dict(image_token_index=IMAGE),
         {
@@ -53,6 +66,18 @@ PARTS: dict[str, Parts] = {
         {"pixel_values": (1, 3, 16, 16)},
     ),
     "llava": Parts(dict(image_token_index=IMAGE), {"vision_config": _VIT}, _PIXELS),
+    "mllama": Parts(
+        dict(image_token_index=IMAGE),
+        {
+            "vision_config": dict(
+                hidden_size=16, num_hidden_layers=2, num_global_layers=1, attention_heads=2, intermediate_size=20, vision_output_dim=32,
+                image_size=8, patch_size=4, max_num_tiles=1, intermediate_layers_indices=[1], supported_aspect_ratios=[[1, 1]],
+            ),
+        },
+        {"pixel_values": (1, 1, 1, 3, 8, 8)}, mask="cross_attention_mask",
+        each={"aspect_ratio_ids": [1], "aspect_ratio_mask": [[1]]},
+        text=dict(num_hidden_layers=3, cross_attention_layers=[1]),
+    ),
     "muse_glimmer": Parts(
         dict(image_token_id=IMAGE, out_hidden_size=64, projector_hidden_size=20), {"vision_config": _MUSE}, _PATCHES,
         grid=(1, 4, 4),
@@ -101,4 +126,9 @@ def with_images(
         more["image_grid_thw"] = torch.tensor([parts.grid] * rows, device=ids.device)
     if parts.ids:
         more[parts.ids] = (ids == IMAGE).long()
+    for name, value in parts.each.items():
+        more[name] = torch.tensor([value] * rows, device=ids.device)
+    if parts.mask:
+        more[parts.mask] = torch.ones((*ids.shape, 1, 1), dtype=torch.long, device=ids.device)
+        more[parts.mask][:, :2] = 0
     return {**batch, "input_ids": ids, "labels": labels, **more}

@@ -35,6 +35,7 @@ from ds_seqpar.layers import (
     norm,
     partial,
     products,
+    token_handles,
     token_operations,
 )
 from ds_seqpar.layers.blocks import SummedBlock, WholeBlock
@@ -468,6 +469,10 @@ def _nothing(original: Any) -> Any:
     return lambda self: None
 
 
+def _as_given(original: Any) -> Any:
+    return lambda left, right: (left, right)
+
+
 UNTIED: dict[str, Any] = dict(tie_word_embeddings=False)
 ONE_KV: dict[str, Any] = dict(num_key_value_heads=1, num_attention_heads=6)
 PLAIN: dict[str, Any] = dict(sequence_parallel=False)
@@ -516,6 +521,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a pooled token is seen by the rank that holds it", _swap(token_operations, "reduce_partial", _identity), "bert",
         head="sequence-classification"),
     Mutant("position biases belong to the other rank's heads", _crossed("relative_attention_bias"), "t5", head="seq2seq-lm"),
+    Mutant("what every head is given whole has one rank's gradient", _swap(blocks, "copy_for_partial", _identity), "deberta",
+        head="masked-lm"),
+    Mutant("a block's input that its code adds to its output is gathered for its heads", _swap(token_handles, "_beside_rows", _as_given),
+        "albert", key=PLAIN, head="masked-lm"),
     Mutant("a weight's gradient is summed whoever uses it", _swap(_Injection, "_sum_by_use", _nothing), "neomme", head="masked-lm"),
     Mutant("the loss is divided by tp_size", _swap(CausalLMLoss, "__call__", _divided)),
     Mutant("the softmax is over a rank's own vocabulary", _swap(loss, "all_gather", _own_statistics)),

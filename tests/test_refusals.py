@@ -159,15 +159,15 @@ def _mixing_tokens() -> PreTrainedModel:
     return model
 
 
-def _marian() -> Any:
+def _pegasus_x() -> Any:
     sizes = dict(vocab_size=64, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_layers=1, decoder_layers=1)
     heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0, decoder_start_token_id=0)
-    return AutoModel.from_config(AutoConfig.for_model("marian", **sizes, **heads))
+    return AutoModel.from_config(AutoConfig.for_model("pegasus_x", **sizes, **heads))
 
 
-def _albert() -> Any:
+def _ibert() -> Any:
     sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    return AutoModel.from_config(AutoConfig.for_model("albert", **sizes))
+    return AutoModel.from_config(AutoConfig.for_model("ibert", **sizes))
 
 
 def _encoder(model_type: str, **own: Any) -> Any:
@@ -206,9 +206,15 @@ def _with_max_norm() -> Any:
 
 
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "an encoder without a plan": (_albert, "'albert' has no tp_plan"),
-    "seq2seq without a plan": (_marian, "'marian' is an encoder-decoder without a data file that names its stacks"),
+    "an encoder without a plan": (_ibert, "'ibert' has no tp_plan"),
+    "seq2seq without a plan": (_pegasus_x, "'pegasus_x' is an encoder-decoder without a data file that names its stacks"),
     "layers skipped at random": (_encoder("bart", decoder_layerdrop=0.1), "decoder_layerdrop=0.1: layers are skipped"),
+    "images dropped at random": (_encoder("dinov2", drop_path_rate=0.1), "drop_path_rate=0.1: a block's output is dropped"),
+    "heads mixed with each other": (_encoder("deberta", talking_head=True), "talking_head=True cannot be sharded exactly"),
+    "tokens in the last dimension": (
+        _encoder("squeezebert", embedding_size=48, intermediate_size=48),
+        "its layers hold tokens in the last dimension",
+    ),
     "sequence cut in a layer": (
         _encoder("bert", chunk_size_feed_forward=2),
         "chunk_size_feed_forward=2 cuts the sequence",

@@ -86,6 +86,7 @@ def fetch_experts_as_one(model: nn.Module) -> None:
     was chosen, which differs between data-parallel ranks, and their gathers would no longer meet.
     """
     for module in model.modules():
-        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        own = module.parameters(recurse=False)
+        stacked = any(parameter.dim() == 3 and parameter.shape[0] > 1 for parameter in own)
         if stacked and next(module.children(), None) is not None:
             set_z3_leaf_module(module, True)

@@ -1,5 +1,7 @@
 """What a model's own `tp_plan` cannot say, one small data file for each model type that needs one.
 
+A type's file carries its name, with _ for -.
+
 A file may hold these names, all optional; patterns are relative to the base model, `*` is a layer's number:
 
     STYLES      pattern -> style, over what the model's tp_plan says
@@ -8,13 +10,17 @@ A file may hold these names, all optional; patterns are relative to the base mod
                 of the config that only this block sees
     LAYER_PARAMETERS  names of parameters that layers own themselves and use token by token
     TOKEN_INPUTS      names of arguments of a layer's forward, beside the hidden states, that hold something for each token
-    HEAD_INPUTS       block pattern -> {argument of its forward: "heads" | "batch x heads" | "batch, heads"}, its first dimensions
+    HEAD_INPUTS       block pattern -> {argument of its forward: "heads" | "batch x heads" | "batch, heads"}, its first dimensions; "all"
+                      for what every head is given whole
     BLOCKS      patterns of the modules that are blocks, where a layer's direct child is too much
     OPTIONAL    patterns of STYLES that some configurations of the type have no module for
     STACKS      what the modules are called that are called with tokens, where there are several; patterns are relative to each
     STATES      names of arguments of a stack's forward that are another stack's output
+    REPEATS_STATES    True if the blocks that read STATES are repeated whole
+    PADS        True if a stack pads its tokens itself, so that they are counted where its first layer is given them
     BASE        name of the module that is called with the inputs, where it is not transformers' base model
-    LIKE        another model type whose file this one starts from
+    LIKE        another model type whose file this one starts from; a type of which that is all stands in `relatives.py` instead
+    SETTINGS    name in the config -> (the one value that can be sharded exactly, why no other can)
     REFUSED     why the type cannot be sharded exactly
 """
 
@@ -27,6 +33,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from .relatives import RELATIVES
 
 __all__ = ["MEASURED_WITH", "RESULTS", "TESTED", "Family", "family", "has_data_file"]
 
@@ -55,20 +63,29 @@ class Family:
     optional: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
+    repeats_states: bool = False
+    pads: bool = False
     base: str = ""
+    settings: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     refused: str = ""
 
 
 def has_data_file(model_type: str) -> bool:
-    """Whether there is a data file of the type."""
-    return model_type.isidentifier() and find_spec(f"{__name__}.{model_type}") is not None
+    """Whether there is a data file of the type, or of one that is the same in all that a file says."""
+    return _file_of(model_type) is not None
+
+
+def _file_of(model_type: str) -> str | None:
+    name = RELATIVES.get(model_type, model_type).replace("-", "_")
+    return name if name.isidentifier() and find_spec(f"{__name__}.{name}") is not None else None
 
 
 def family(model_type: str) -> Family:
     """The data of a model type; empty if it needs none."""
-    if not has_data_file(model_type):
+    name = _file_of(model_type)
+    if name is None:
         return Family()
-    data = vars(import_module(f"{__name__}.{model_type}"))
+    data = vars(import_module(f"{__name__}.{name}"))
     base = family(data["LIKE"]) if "LIKE" in data else Family()
     return Family(
         {**base.styles, **data.get("STYLES", {})},
@@ -81,6 +98,9 @@ def family(model_type: str) -> Family:
         data.get("OPTIONAL", base.optional),
         data.get("STACKS", base.stacks),
         data.get("STATES", base.states),
+        data.get("REPEATS_STATES", base.repeats_states),
+        data.get("PADS", base.pads),
         data.get("BASE", base.base),
+        {**base.settings, **data.get("SETTINGS", {})},
         data.get("REFUSED", base.refused),
     )

@@ -52,6 +52,9 @@ def describe(model: PreTrainedModel) -> ModelFacts:
             "with fused_linear_cross_entropy=False (the loss is fused here)"
         )
     _refuse_settings(text)
+    for name, (value, why) in data.settings.items():
+        if getattr(text, name, value) != value:
+            raise PlanError(f"{name}={getattr(text, name)!r} cannot be sharded exactly: {why}; set it to {value!r}")
     plan = {(f"{plans_name}.{k}" if plans_name else k): v for k, v in (text.base_model_tp_plan or {}).items()}
     embedding, head = _input_embedding(model), model.get_output_embeddings()
     heads = int(_common(text, "num_attention_heads") or 0)
@@ -129,7 +132,7 @@ def _stacks(model: PreTrainedModel, called: tuple[str, ...]) -> tuple[str, ...]:
 
 def _more_embeddings(model: PreTrainedModel, stacks: tuple[str, ...], embedding: Any) -> tuple[str, ...]:
     """Names of the stacks' own embedding modules; tied or not, they are not the model's."""
-    own = {id(model.get_submodule(stack).get_input_embeddings()) for stack in stacks} - {id(embedding)}
+    own = {id(_input_embedding(model.get_submodule(stack))) for stack in stacks} - {id(embedding), id(None)}
     return tuple(name for name, module in model.named_modules() if id(module) in own)
 
 
@@ -155,6 +158,11 @@ def _refuse_settings(config: Any) -> None:
             raise PlanError(
                 f"{name}={getattr(config, name)}: layers are skipped by random numbers that differ between ranks; set it to 0.0"
             )
+    if getattr(config, "drop_path_rate", 0.0):
+        raise PlanError(
+            f"drop_path_rate={config.drop_path_rate}: a block's output is dropped image by image, where a rank holds tokens of several; "
+            "set it to 0.0"
+        )
     if getattr(config, "chunk_size_feed_forward", 0):
         raise PlanError(
             f"chunk_size_feed_forward={config.chunk_size_feed_forward} cuts the sequence inside a layer; set it to 0 (the "
@@ -174,6 +182,9 @@ def _block_heads(model: nn.Module, num_heads: int, num_kv_heads: int) -> dict[st
     """(query heads, kv heads) of the attention modules whose sizes say something else than the config."""
     found = {}
     for name, module in model.named_modules():
+        own = tuple(vars(module).get(count) for count in ("num_heads", "num_key_value_heads"))
+        if all(type(count) is int for count in own) and own != (num_heads, num_kv_heads) and not hasattr(module, "k_proj"):
+            found[name] = own  # of a packed weight
         head_dim, key = getattr(module, "head_dim", None), unwrapped(getattr(module, "k_proj", None))
         groups = getattr(module, "num_key_value_groups", 1 if hasattr(module, "embed_dim") else None)
         if not (isinstance(head_dim, int) and isinstance(key, nn.Linear) and isinstance(groups, int)):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils._pytree import tree_map
@@ -24,6 +25,7 @@ from ..comm.regions import copy_for_partial, share_of_replicated
 from ..errors import SeqParError
 from .boundaries import ShardedBlock
 from .region import ShardingState, TokenRegion
+from .surgery import parameters_of
 from .token_handles import GatheredInput, TokenShard
 
 __all__ = [
@@ -56,6 +58,7 @@ class _AlikeBlock(ShardedBlock):
     """A block whose random numbers must be equal on every rank."""
 
     draws: bool
+    takes_its_input_again = False
 
     def _region(self) -> TokenRegion:
         region = self.seqpar.region
@@ -75,7 +78,7 @@ class _AlikeBlock(ShardedBlock):
 
 
 def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+    return type(output)((change(output[0]), *output[1:])) if isinstance(output, tuple | list) else change(output)
 
 
 class SummedBlock(_AlikeBlock):
@@ -96,7 +99,7 @@ class SummedBlock(_AlikeBlock):
 class ExpertsBlock(_AlikeBlock):
     """Experts that the layer itself calls with [c, h] tokens and the [c, k] choices and weights made on them."""
 
-    def forward(self, local: Tensor, *choices: Tensor, **kwargs: Tensor) -> Tensor:
+    def forward(self, local: Tensor, *choices: Tensor, **kwargs: Any) -> Tensor:
         """[c, h] and its choices -> [c, h]."""
         region = self._region()
 
@@ -211,20 +214,27 @@ class HeadInputs:
     """A block that is given something for every head (an alibi): takes this rank's heads of it.
 
     `head_inputs` names the arguments and where their heads are: "heads" in the first dimension, "batch x heads" in the first with
-    the batch, "batch, heads" in the second, where 1 stands for all of them.
+    the batch, "batch, heads" in the second, where 1 stands for all of them; "all" is given whole to every head. What the ranks' heads
+    give an argument as its gradient is summed.
     """
 
+    seqpar: ShardingState
     head_inputs: dict[str, str]
     heads: tuple[int, tuple[int, int]]  # how many, and the range of this rank's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for name, layout in self.head_inputs.items():
-            if isinstance(x := kwargs.get(name), Tensor):
-                kwargs[name] = self._mine(x, layout)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        names = parameters_of(type(self).forward)  # type: ignore[attr-defined]
+        args = (*map(self._mine, names, args), *args[len(names) :])
+        return super().__call__(*args, **{name: self._mine(name, x) for name, x in kwargs.items()})  # type: ignore[misc]
 
-    def _mine(self, x: Tensor, layout: str) -> Tensor:
-        number, (start, stop) = self.heads
+    def _mine(self, name: str, x: Any) -> Any:
+        layout, (number, (start, stop)) = self.head_inputs.get(name), self.heads
+        if layout is None or not isinstance(x, Tensor):
+            return x
+        if x.requires_grad and torch.is_grad_enabled():
+            x = copy_for_partial(x, self.seqpar.groups.tp_group)
+        if layout == "all":
+            return x
         if layout == "batch x heads":
             by_head: Tensor = x.unflatten(0, (-1, number))
             return by_head[:, start:stop].flatten(0, 1)

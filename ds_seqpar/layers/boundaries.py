@@ -119,6 +119,7 @@ class ShardedBlock:
     input_name: str
     recomputable: bool
     has_heads: bool
+    takes_its_input_again: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The input goes positionally, where ZeRO-3's hooks look for it."""
@@ -127,6 +128,9 @@ class ShardedBlock:
         call = functools.partial(super().__call__, **kwargs)  # type: ignore[misc]
         state = self.seqpar
         replayed = state.recompute_mlp and self.recomputable and torch.is_grad_enabled() and self.training  # type: ignore[attr-defined]
+        same = tuple(i for i, x in enumerate(args) if i and x is args[0])
+        if same and self.takes_its_input_again:  # such as an attention's keys and values; hooks may make them other objects
+            args, call = tuple(None if i in same else x for i, x in enumerate(args)), functools.partial(call, _same=same)
         if args and isinstance(args[0], NormedRows) and (replayed or id(self) in args[0].region.watched):
             args = (args[0].materialise(), *args[1:])
         if replayed:
@@ -139,8 +143,11 @@ class ShardedBlock:
             return checkpoint(replay, *args, use_reentrant=False)
         return call(*args)
 
-    def forward(self, local: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """local [1, c, h] (or [b, s, h] where tokens are not cut) -> what the block returns, its output local too."""
+    def forward(self, local: Tensor, *args: Any, _same: tuple[int, ...] = (), **kwargs: Any) -> Any:
+        """local [1, c, h] (or [b, s, h] where tokens are not cut) -> what the block returns, its output local too.
+
+        `_same`: places of arguments that are the first one once more.
+        """
         state, region = self.seqpar, self.seqpar.region
         if region is None:
             raise SeqParError(
@@ -151,8 +158,9 @@ class ShardedBlock:
             handle = GatheredInput.of_normed(local)
         else:
             handle = GatheredInput(local, region, state, remake_of(local))
+        args = tuple(handle if i in _same else x for i, x in enumerate(args, 1)) if _same else args
         drops_heads = not region.cut and self.training and state.groups.tp_size > 1  # type: ignore[attr-defined]
-        outer, state.in_block, state.block_forked = state.in_block, True, drops_heads
+        outer, state.in_block, state.block_forked, state.block_left = state.in_block, True, drops_heads, False
         state.sums_rows_later = not outer and torch.is_grad_enabled() and id(self) not in region.watched
         try:
             fork = state.random.fork(seed_of_state(), per_rank=True) if drops_heads else nullcontext()
@@ -161,6 +169,7 @@ class ShardedBlock:
                 output = super().forward(handle, *args, **kwargs)  # type: ignore[misc]
         finally:
             state.in_block, state.block_forked, state.sums_rows_later = outer, False, False
+            state.block_left = False
         state.apart |= handle.unused()  # such as the keys of a cross-attention
         return output
 
@@ -168,7 +177,7 @@ class ShardedBlock:
 class ShardedLayer:
     """A decoder layer: between its blocks it runs on this rank's tokens; its input and output are TokenShards.
 
-    `token_inputs` names further arguments of its forward that hold something for each token, [b, s, ...].
+    `token_inputs` names further arguments of its forward that hold something for each token, [b, s, ...] or [b, 1, s, ...].
     """
 
     seqpar: ShardingState
@@ -176,11 +185,13 @@ class ShardedLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """TokenShard or full [b, s, h], the first argument -> TokenShard (or, where tokens are not cut, [b, s, h])."""
-        region = self.seqpar.region
-        if region is None:
-            raise SeqParError(f"{type(self).__name__} was called outside a forward of its model")
+        region, begin = self.seqpar.region, self.seqpar.begin
         first, *names = parameters_of(super().forward.__func__)  # type: ignore[misc]
         hidden_states, *rest = args or (kwargs.pop(first),)
+        if region is None and begin is not None:
+            region = begin(*hidden_states.shape[:2])
+        if region is None:
+            raise SeqParError(f"{type(self).__name__} was called outside a forward of its model")
         if isinstance(hidden_states, TokenShard):
             local = hidden_states.local()
         else:
@@ -189,16 +200,18 @@ class ShardedLayer:
         kwargs = {name: self._local(name, x, region) for name, x in kwargs.items()}
         with self.seqpar.hooks_see_rows():
             output = super().__call__(local, *rest, _region=region, **kwargs)  # type: ignore[misc]
-        if isinstance(output, tuple):
-            return (self._wrapped(output[0], region), *output[1:])
+        if isinstance(output, tuple | list):
+            return type(output)((self._wrapped(output[0], region), *output[1:]))
         return self._wrapped(output, region)
 
     def _local(self, name: str, x: Any, region: TokenRegion) -> Any:
         if isinstance(x, TokenShard):
             return x.local()
-        if name in self.token_inputs and isinstance(x, Tensor):
-            return region.local_of_replicated(x)
-        return x
+        if name not in self.token_inputs or not isinstance(x, Tensor):
+            return x
+        if x.dim() > 2 and x.shape[1] == 1 and tuple(x.shape[:2]) != (region.batch, region.seq):
+            return region.local_of_replicated(x.transpose(1, 2)).transpose(1, 2) if region.cut else x
+        return region.local_of_replicated(x)
 
     def _wrapped(self, local: Tensor, region: TokenRegion) -> Tensor:
         return TokenShard(local, region, self.seqpar) if region.cut else local
@@ -208,6 +221,6 @@ class ShardedLayer:
         state = self.seqpar
         with state.within(_region), state.partial.in_layer(self, by_layer=_region.by_layer):  # type: ignore[arg-type]
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
-            if isinstance(output, tuple) and isinstance(output[0], UnsummedRows):
-                return (output[0].materialise(), *output[1:])
+            if isinstance(output, tuple | list) and isinstance(output[0], UnsummedRows):
+                return type(output)((output[0].materialise(), *output[1:]))
             return output.materialise() if isinstance(output, UnsummedRows) else output

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..errors import SeqParError
 from ..kernels.addition import PassedGradient
@@ -131,9 +132,11 @@ class ColumnParallelLinear(nn.Linear):
         """As `__call__`, below the hooks."""
         if isinstance(input, GatheredInput):
             return input.column(self)
-        tokens, state = input.numel() // input.shape[-1], self.seqpar
-        region = TokenRegion(1, tokens, False, state.groups, summed_later=state.in_block)
-        output = column_parallel(input, region, [self.as_linear()])[0]
+        own, state = self.as_linear(), self.seqpar
+        if state.in_block:  # the gradient of what the block's code made is a part already
+            return linear(input, own.weight, own.bias)
+        region = TokenRegion(1, input.numel() // input.shape[-1], False, state.groups)
+        output = column_parallel(input, region, [own])[0]
         return output.view(*input.shape[:-1], -1)
 
 
@@ -160,6 +163,7 @@ class RowParallelLinear(nn.Linear):
     def forward(self, input: Tensor, up: Tensor | None = None, act: str | None = None) -> Tensor:
         """[b, s, in_r] -> the region's local shape with `out` columns; the input is act(input) * up where those are given."""
         region, tokens = self.seqpar.region, input.numel() // input.shape[-1]
+        self.seqpar.block_left = self.seqpar.in_block
         if region is None or region.tokens != tokens:
             if self.seqpar.sequence_parallel and torch.is_grad_enabled():
                 expected = (

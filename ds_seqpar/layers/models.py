@@ -7,10 +7,11 @@ Legend: b batch, s sequence, h hidden.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,12 +26,14 @@ from .boundaries import ShardedBlock, ShardedLayer
 from .hooked import settle_hooks
 from .masking import positions_of_the_model
 from .passages import HidesHandles, Path, map_tensors
-from .region import ShardingState
+from .region import ShardingState, TokenRegion
 from .surgery import parameters_of
 from .token_handles import TokenShard
 from .users_tensors import has_users_hooks, hooks_on_all_modules, refuse_arguments, with_edges
 
 __all__ = ["ShardedModel", "ShardedTopModel"]
+
+_TOKENS = ("input_ids", "inputs_embeds", "hidden_states")  # arguments that hold a model's tokens
 
 
 class _Guarded:
@@ -112,11 +115,15 @@ class _Guarded:
 class ShardedModel(_Guarded):
     """The base model, or one of its stacks: decides how this forward's tokens lie, and shows its outputs as TokenShards.
 
-    `states` names arguments that are another stack's output; `stream` numbers the stacks, whose random numbers differ.
+    `states` names arguments that are another stack's output, which blocks that are cut by heads read, or, where it `repeats_states`,
+    blocks that every rank repeats. `stream` numbers the stacks, whose random numbers differ. One that `pads` has more tokens than it is
+    given, and is asked for their number where its layers begin.
     """
 
     states: tuple[str, ...] = ()
+    repeats_states: bool = False
     stream: int = 0
+    pads: bool = False
 
     _shards: set[Path] | None = None  # where in the output of the call that is running the shards are
     _sharded: dict[str, nn.Module] | None = None
@@ -133,22 +140,26 @@ class ShardedModel(_Guarded):
             watched, reentrant = self._watched(), self._recomputes_reentrantly()
             given, since = (args, kwargs), _get_sequence_nr()
             state.hook_spans = None if state.hook_spans is None else []
-            region = state.region_for(*self._batch_and_seq(args, kwargs), by_layer=reentrant, watched=watched)
+            make = functools.partial(state.region_for, by_layer=reentrant, watched=watched)
+            shape = self._batch_and_seq(args, kwargs)
+            region = None if shape is None else make(*shape)
             args, kwargs = self._with_states(args, kwargs)
-            fork = state.random.fork(seed + self.stream, per_rank=region.cut) if self.training else nullcontext()  # type: ignore[attr-defined]
+            forked = functools.partial(self._forked, seed)
+            fork = forked(region) if region is not None else state.beginning(make, forked)
             own_positions = positions_of_the_model() if self._only_tokens(args, kwargs) else nullcontext()
             shards: set[Path] = set()
             outer, self._shards = self._shards, shards
             try:
-                aliases = state.partial.in_model(self, by_layer=region.by_layer)  # type: ignore[arg-type]
+                aliases = state.partial.in_model(self, by_layer=reentrant)  # type: ignore[arg-type]
                 with state.within(region), aliases, fork, own_positions:
                     output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+                    region = state.region
             finally:
                 self._shards = outer
-            if torch.is_grad_enabled() and (state.guard.any_users_hooks or not self._looked_at):
+            if region is not None and torch.is_grad_enabled() and (state.guard.any_users_hooks or not self._looked_at):
                 settle_hooks(self, output, given, since, region, reentrant=reentrant)
                 self._looked_at = True
-        if not region.cut:
+        if region is None or not region.cut:
             return output
         local = region.local_shape(self.hidden_size)  # type: ignore[attr-defined]
 
@@ -177,10 +188,19 @@ class ShardedModel(_Guarded):
         more = [*args[1:], *(x for name, x in kwargs.items() if name not in ("input_ids", "inputs_embeds"))]
         return all(x is None or isinstance(x, bool | int | float | str) for x in more)
 
-    def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int]:
+    def _forked(self, seed: int, region: TokenRegion) -> AbstractContextManager[None]:
+        """The stream of random numbers that the layers draw from."""
+        if not self.training:  # type: ignore[attr-defined]
+            return nullcontext()
+        return self.seqpar.random.fork(seed + self.stream, per_rank=region.cut)
+
+    def _batch_and_seq(self, args: Any, kwargs: Any) -> tuple[int, int] | None:
+        """(b, s) of the tokens that the model was given; None for one that pads them, or makes them itself, of images."""
+        if self.pads:
+            return None
         names = parameters_of(type(self).forward)
         given = dict(zip(names, args, strict=False)) | kwargs
-        for name in ("input_ids", "inputs_embeds", "hidden_states"):
+        for name in _TOKENS:
             if given.get(name) is not None:
                 shape = given[name].shape
                 if len(shape) != (2 if name == "input_ids" else 3):
@@ -188,6 +208,8 @@ class ShardedModel(_Guarded):
                         f"{name} of shape {list(shape)}: a sharded model takes [batch, tokens], or [batch, tokens, h]"
                     )
                 return int(shape[0]), int(shape[1])
+        if not set(_TOKENS).intersection(names):
+            return None
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 
     def _recomputes_reentrantly(self) -> bool:
@@ -231,7 +253,8 @@ class ShardedModel(_Guarded):
     def _with_states(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments, with another stack's output whole for the cross-attentions of all layers.
 
-        It is gathered once, and the gradients that the layers' linears give it, which are parts, are reduce-scattered once.
+        It is gathered once, and the gradients that the layers' linears give it, which are parts, are reduce-scattered once. Where every
+        rank repeats the blocks that read it, they are whole on each.
         """
         if not self.states:
             return args, kwargs
@@ -242,10 +265,11 @@ class ShardedModel(_Guarded):
     def _whole(self, x: Any) -> Any:
         if isinstance(x, TokenShard):
             if torch.is_grad_enabled():
-                return x.region.full_for_partial(x.local())
+                region = x.region
+                return region.full_for_replicated(x.local()) if self.repeats_states else region.full_for_partial(x.local())
             x._expected = True
             return x.materialise("cross-attention")  # kept: generate() gives the same one to every step
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and not self.repeats_states:
             return copy_for_partial(x, self.seqpar.groups.tp_group)
         return x
 

@@ -6,8 +6,8 @@ Legend: b batch, s sequence, T = b*s tokens, t tp_size, c = ceil(T/t), h hidden.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -120,7 +120,9 @@ class ShardingState:
     guard: InputGuard
     guarded_seed: int | None = None
     region: TokenRegion | None = None
+    begin: Callable[[int, int], TokenRegion] | None = None  # what the first layer of a forward calls, see `beginning`
     in_block: bool = False
+    block_left: bool = False  # the running block's row-parallel linear has given its output, of this rank's rows
     block_forked: bool = False  # the running block opened a random stream of its own
     sums_rows_later: bool = False  # the running block's outputs go to the layer's code alone, see UnsummedRows
     hook_spans: list[tuple[int, int]] | None = None  # see `hooks_see_rows`; None where no hooks are the user's
@@ -174,3 +176,22 @@ class ShardingState:
             yield
         finally:
             self.region = before
+
+    @contextmanager
+    def beginning(
+        self, make: Callable[[int, int], TokenRegion], fork: Callable[[TokenRegion], AbstractContextManager[None]]
+    ) -> Iterator[None]:
+        """A forward whose tokens are counted where its first layer is given them, such as patches of images: it has no region before,
+        and that of `make(b, s)`, within `fork` of it, from then on."""
+        with ExitStack() as rest:
+
+            def begin(batch: int, seq: int) -> TokenRegion:
+                self.region = make(batch, seq)
+                rest.enter_context(fork(self.region))
+                return self.region
+
+            before, self.begin = self.begin, begin
+            try:
+                yield
+            finally:
+                self.begin = before

@@ -133,6 +133,18 @@ def _side(x: Any, tokens: TokenShard) -> Tensor | None:
     return rows_like(x, tokens.source, tokens.region)
 
 
+def _beside_rows(left: Any, right: Any) -> tuple[Any, Any]:
+    """Two addends: a block's input, where its code adds it to the block's output, as the rows beside those of the output."""
+
+    def beside(x: Any, other: Any) -> Any:
+        if not (isinstance(x, GatheredInput) and x.state.block_left and isinstance(other, Tensor)):
+            return x
+        alone = not isinstance(other, GatheredInput)
+        return x.rows() if alone and other.shape == x.region.local_shape(x.shape[-1]) else x
+
+    return beside(left, right), beside(right, left)
+
+
 class GatheredInput(Handle):
     """The input [b, s, h] of a sharded block, of which this rank holds `source` (rows, or all where tokens are not cut).
 
@@ -164,6 +176,12 @@ class GatheredInput(Handle):
         handle = cls._make(shape, source, region, state, source.dtype)
         handle._outputs, handle._remake, handle._alone, handle._expected = {}, remake, False, meant_whole
         return handle  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not kwargs and len(args) == 2 and name_of(func)[0] in ("add", "__add__", "__radd__"):
+            args = _beside_rows(*args)
+        return super().__torch_function__(func, types, args, kwargs) if any(isinstance(x, Handle) for x in args) else func(*args)
 
     def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
         # Where tokens are not cut every rank holds all rows, and must drop the same of them.

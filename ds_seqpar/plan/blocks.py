@@ -39,8 +39,10 @@ class BlockPlanner:
             m: {p: words[f"{m}.{p}"] for p in self.facts.modules[m].shapes if f"{m}.{p}" in words} for m in members
         }
         own = words.get(name)
-        if own is not None and own[0] is Style.WHOLE:
-            return self.result.repeat_whole(name, members, own[1])
+        of_member = next((word for word in planned.values() if word[0] is Style.WHOLE and word[1] == data_file_of(self.facts)), None)
+        whole = own if own is not None and own[0] is Style.WHOLE else of_member
+        if whole is not None:
+            return self.result.repeat_whole(name, members, whole[1])
         if own is not None and own[0] is Style.TOKENWISE:
             self.result.tokenwise.extend(members)
             self.result.asserted.update(members)
@@ -165,6 +167,10 @@ class BlockPlanner:
         """Plans one module of a block; False if nothing says what it is."""
         module, leaf = self.facts.modules[name], name.rpartition(".")[2]
         style, why = word or (None, "")
+        if style is Style.TOKENWISE:  # behind the row-parallel linear
+            self.result.tokenwise.append(name)
+            self.result.asserted.add(name)
+            return True
         if style is Style.EXPERTS or (parameters and style in (None, Style.LOCAL, Style.SUMMED)):
             return self._plan_parameters(block, name, parameters, why or TRANSFORMERS)
         if style is Style.LOCAL:
@@ -208,6 +214,10 @@ class BlockPlanner:
 
     def _plan_norm_over_heads(self, block: BlockPlan, name: str, style: Style | None, why: str) -> bool:
         """Plans an RMS norm over the width of all heads together, which is cut with them; False if it is none."""
+        if style is Style.CUT_NORM and name.rpartition(".")[2] not in NORMS_OVER_HEADS:  # of what goes into a row-parallel linear
+            cut = self.sections.cut(block, name, 0, self.facts.modules[name].shapes["weight"][0], self._roles(name))
+            self.result.modules[name] = ModulePlan(name, Style.CUT_NORM, {"weight": cut}, why)
+            return True
         leaf, width = name.rpartition(".")[2], self.facts.modules[name].shapes.get("weight", (0,))
         if leaf not in NORMS_OVER_HEADS:
             return False
@@ -261,6 +271,10 @@ class BlockPlanner:
 
     def _plan_parameters(self, block: BlockPlan, name: str, words: Mapping[str, Word], why: str) -> bool:
         """A module whose parameters are planned one by one: experts [E, out, in], attention sinks [heads]."""
+        if all(words.get(key, (None, ""))[0] is Style.TOKENWISE for key in self.facts.modules[name].shapes):
+            self.result.tokenwise.append(name)  # such as a bias that the layer adds to the block's output
+            self.result.asserted.add(name)
+            return True
         cuts, once = {}, []
         for key, shape in self.facts.modules[name].shapes.items():
             if key not in words:

@@ -35,6 +35,7 @@ class BlockPlan:
     counts: tuple[int, int] = (0, 0)  # query and kv heads
     has_heads: bool = False
     heads: HeadPartition | None = None
+    why: str = ""  # it is repeated whole
 
 
 @dataclass
@@ -55,7 +56,7 @@ class ModelPlan:
 
     def repeat_whole(self, block: str, members: list[str], why: str) -> None:
         """Every rank repeats the whole block."""
-        self.blocks[block] = BlockPlan(block, BlockKind.WHOLE)
+        self.blocks[block] = BlockPlan(block, BlockKind.WHOLE, why=why)
         self.routers = [
             router for router in self.routers if router not in members and not router.startswith(f"{block}.")
         ]

@@ -123,13 +123,16 @@ class _Planner:
             cuts = {key: held.get(self._first(f"{name}.{key}")) for key in module.shapes}
             if name in self.result.modules or not any(cuts.values()):
                 continue
-            if module.role != "other" or not all(cuts.values()):
+            if module.role == "linear" or not all(cuts.values()):
                 raise PlanError(
                     f"{name} ({module.type_name}) shares {[key for key, cut in cuts.items() if cut]} with the embedding or the head, "
                     "which are cut by vocabulary; untie it"
                 )
             shared = {key: cut for key, cut in cuts.items() if cut is not None}
-            self.result.modules[name] = ModulePlan(name, Style.SHARED, shared, "shared with the head")
+            style, why = Style.SHARED, "shared with the head"
+            if module.role == "embedding":  # the table from which the stacks' own are tied, such as Marian's
+                style, why = Style.EMBEDDING, "the vocabulary is always cut"
+            self.result.modules[name] = ModulePlan(name, style, shared, why)
 
     def _place_the_rest(self, in_layers: set[str], words: Mapping[str, Word]) -> None:
         tables = self._tables()

@@ -38,7 +38,8 @@ class Sections:
             start += width
         held = [piece for pieces in ranges for piece in pieces]
         if (len(roles) > 1 or Role.QKV in roles) and len(set(held)) < len(held):
-            raise PlanError(
+            problem = UncuttableError if kv == 1 else PlanError  # no tp_size would do: a data file's block is repeated whole
+            raise problem(
                 f"{name}: {kv} kv heads over tp_size={self.tp_size} would be copied inside a weight that also holds "
                 f"query heads, and DeepSpeed's gradient norm cannot count a part of a parameter once; use tp_size <= {kv}"
             )

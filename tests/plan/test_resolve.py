@@ -342,7 +342,7 @@ def test_a_family_file_is_data() -> None:
     """No functions, classes or branches: assignments of literals."""
     root = Path(ds_seqpar.__file__).parent / "families"
     for file in root.glob("*.py"):
-        if file.name == "__init__.py":
+        if file.name in ("__init__.py", "relatives.py"):  # what reads them, and who shares one
             continue
         assert len(file.read_text().splitlines()) <= 60, f"{file.name} is long for a data file"
         _, *body = ast.parse(file.read_text()).body
@@ -355,6 +355,9 @@ def test_a_family_file_is_data() -> None:
                 "ATTRIBUTES",
                 "LAYER_PARAMETERS",
                 "TOKEN_INPUTS",
+                "SETTINGS",
+                "PADS",
+                "REPEATS_STATES",
                 "LIKE",
                 "HEAD_INPUTS",
                 "BLOCKS",

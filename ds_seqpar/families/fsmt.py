@@ -1,0 +1,3 @@
+"""FSMT."""
+
+REFUSED = "its layers hold [tokens, batch, h], where [batch, tokens, h] is cut"

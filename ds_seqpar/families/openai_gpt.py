@@ -1,0 +1,3 @@
+"""GPT: GPT-2 with its norms behind."""
+
+LIKE = "gpt2"

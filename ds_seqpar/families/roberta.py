@@ -1,3 +1,0 @@
-"""RoBERTa."""
-
-LIKE = "bert"
