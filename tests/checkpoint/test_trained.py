@@ -30,9 +30,9 @@ def _sgd(groups: list[dict[str, Any]], **_: Any) -> torch.optim.Optimizer:
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "thawed": (FREEZE, {}, r"8 parameters that were frozen when it was saved are trained here \(model.embed_tokens.weight, .*\.\.\.\)"),
-    "frozen": ({}, FREEZE, r"8 parameters that were trained when it was saved are frozen here \(model.embed_tokens.weight"),
-    "both": ({"freeze": ("norm.weight",)}, {"freeze": ("q_proj",)}, r"were frozen when .* and 2 parameters that were trained when"),
+    "thawed": (FREEZE, {}, r"\d+ parameters that were frozen when it was saved are trained here \(model.embed_tokens.weight, .*\.\.\.\)"),
+    "frozen": ({}, FREEZE, r"\d+ parameters that were trained when it was saved are frozen here \(model.embed_tokens.weight"),
+    "both": ({"freeze": ("norm.weight",)}, {"freeze": ("q_proj",)}, r"were frozen when .* and \d+ parameters that were trained when"),
     "groups": ({}, {"groups": 1}, "holds 2 parameter groups of the optimizer, this run has 1"),
     "order": ({}, {"optimizer_class": _reversed}, r"in another order: in group 0, \S+ then and \S+ here"),
     "optimizer": ({}, {"optimizer_class": _sgd}, "holds the states of AdamW, this run has SGD"),
