@@ -56,18 +56,21 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 def _write(folder: Path, version: str, shards: int) -> None:
     """A checkpoint as Hugging Face lays it out, every file of which says its version."""
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)] if shards > 1 else ["model.safetensors"]
-    for name in (*names, "config.json", "tokenizer.json"):
+    for name in (*names, "config.json", "added_tokens.json"):
         (folder / name).write_text(version)
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"files": names, "version": version}))
 
 
 def _versions(folder: Path) -> set[str]:
-    """Of all that transformers would read. Raises FileNotFoundError if it would find no weights, or not all."""
+    """Of all that transformers would read, "none" for a file it can do without. Raises FileNotFoundError if it would find no weights, or
+    not all."""
+    optional = folder / "added_tokens.json"
+    found = {optional.read_text() if optional.is_file() else "none"}
     if (folder / "model.safetensors").is_file():
-        return {(folder / name).read_text() for name in ("config.json", "model.safetensors")}
+        return found | {(folder / name).read_text() for name in ("config.json", "model.safetensors")}
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    return {index["version"], *((folder / name).read_text() for name in ("config.json", *index["files"]))}
+    return found | {index["version"], *((folder / name).read_text() for name in ("config.json", *index["files"]))}
 
 
 def _others(folder: Path) -> None:
@@ -297,29 +300,29 @@ def test_every_writer_writes_into_a_mount_point(mounted: Callable[..., Path]) ->
     _check_folders(folders, run_ranks(2, _save_everything, folders, 2, None))
 
 
-def test_every_writer_writes_into_the_users_folder_of_a_parent_that_is_not(tmp_path: Path) -> None:
-    """Also where the parent lets everybody make files and nobody move another's (/tmp)."""
-    for mode in (0o555, 0o1777):
-        parent = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
-        # DeepSpeed's `latest` lies beside a tag, so a tag's own folder in a parent that is closed is not for it.
-        folders = {name: str(parent / name) for name in WRITERS if name != "an existing tag"}
+@pytest.mark.parametrize("mode", [0o555, pytest.param(0o1777, marks=pytest.mark.slow)])
+def test_every_writer_writes_into_the_users_folder_of_a_parent_that_is_not(mode: int) -> None:
+    """0o1777: everybody may make files there, and nobody move another's (/tmp)."""
+    parent = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    # DeepSpeed's `latest` lies beside a tag, so a tag's own folder in a parent that is closed is not for it.
+    folders = {name: str(parent / name) for name in WRITERS if name != "an existing tag"}
+    for folder in folders.values():
+        Path(folder).mkdir(mode=0o700)
+        Path(folder, "notes.txt").write_text("the user's")
+        if os.geteuid() == 0:
+            os.chown(folder, 65534, 65534)
+            os.chown(Path(folder, "notes.txt"), 65534, 65534)
+    parent.chmod(mode)
+    try:
+        found = run_ranks(2, _save_everything, folders, 2, 65534)
+        _check_folders(folders, found)
         for folder in folders.values():
-            Path(folder).mkdir(mode=0o700)
-            Path(folder, "notes.txt").write_text("the user's")
-            if os.geteuid() == 0:
-                os.chown(folder, 65534, 65534)
-                os.chown(Path(folder, "notes.txt"), 65534, 65534)
-        parent.chmod(mode)
-        try:
-            found = run_ranks(2, _save_everything, folders, 2, 65534)
-            _check_folders(folders, found)
-            for folder in folders.values():
-                about = Path(folder).stat()
-                assert stat.S_IMODE(about.st_mode) == 0o700 and (os.geteuid() or about.st_uid == 65534)
-            assert sorted(p.name for p in parent.iterdir()) == sorted(folders), "something is left beside them"
-        finally:
-            parent.chmod(0o700)
-            shutil.rmtree(parent)
+            about = Path(folder).stat()
+            assert stat.S_IMODE(about.st_mode) == 0o700 and (os.geteuid() or about.st_uid == 65534)
+        assert sorted(p.name for p in parent.iterdir()) == sorted(folders), "something is left beside them"
+    finally:
+        parent.chmod(0o700)
+        shutil.rmtree(parent)
 
 
 def test_a_file_in_the_way_is_refused_by_every_writer_on_every_rank(tmp_path: Path) -> None:

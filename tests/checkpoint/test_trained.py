@@ -17,6 +17,7 @@ import ds_seqpar
 from ds_seqpar.checkpoint.trained import require_same_optimizer
 from ds_seqpar.errors import CheckpointError
 
+SLOW = pytest.mark.slow
 FREEZE = {"freeze": ("embed", "q_proj", "layernorm")}
 
 
@@ -97,7 +98,7 @@ def _check(tmp_path: Path, stage: int, names: list[str], own: dict[str, Any]) ->
         assert name == "schedule" or "load_optimizer_states=False" in found[0][name]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), 2, 3])
 def test_a_frozen_set_that_differs_is_refused_by_name_before_a_weight_moves(tmp_path: Path, stage: int) -> None:
     _check(tmp_path, stage, ["thawed" if stage in (0, 3) else "frozen"], {})
 
@@ -144,7 +145,7 @@ def _load_old(stage: int, folder: str, settings: dict[str, Any], fits: bool) -> 
     assert all(torch.equal(x, before[n]) for n, x in weights(engine).items())
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0), pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=SLOW) for stage in (1, 2, 3))])
 def test_a_manifest_of_an_older_version_loads_and_what_does_not_fit_is_still_refused(tmp_path: Path, stage: int) -> None:
     run_ranks(2, _save_old, stage, str(tmp_path), FREEZE)
     path = tmp_path / "old" / "ds_seqpar_manifest.json"
