@@ -75,7 +75,7 @@ def _load(stage: int, here: dict[str, dict[str, Any]], folder: str, held: dict[s
         assert engine.global_steps == 1, "counters came with load_optimizer_states=False"
         run(engine, 1, 4)  # of the warm-up; a first step of its has a rate of zero
         moved = weights(engine)
-        assert all(not torch.equal(held[name][n], x) for n, x in moved.items() if "gate_proj" in n), "what was loaded does not train"
+        assert all(not torch.equal(held[name][n], x) for n, x in moved.items() if "gate_proj.weight" in n), "what was loaded does not train"
     return messages
 
 
