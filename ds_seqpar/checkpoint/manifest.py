@@ -134,6 +134,18 @@ def require_same_model(where: Path, saved: Mapping[str, Any], here: Mapping[str,
                 f"{where} is of another {here['model_type']} model: {name} has shape {theirs[name]['shape']} there and "
                 f"{ours[name]['shape']} here"
             )
+    if saved.get("tied", here["tied"]) != here["tied"]:
+        there, now = ([name for names in about["tied"] for name in names] for about in (saved, here))
+        raise CheckpointError(
+            f"{where} is of another {here['model_type']} model: {there or 'nothing'} is tied there, {now or 'nothing'} here; "
+            "use the same tie_word_embeddings"
+        )
+    for name, scaling in saved.get("scaling", here["scaling"]).items():
+        if here["scaling"].get(name) != scaling:
+            raise CheckpointError(
+                f"{where} is of a model with other adapters: {name} is scaled by {scaling} there and "
+                f"{here['scaling'].get(name)} here; use the same lora_alpha and r"
+            )
 
 
 def require_same_layout(where: Path, saved: Mapping[str, Any], here: Mapping[str, Any], *, optimizer: bool) -> None:
@@ -152,6 +164,13 @@ def require_same_layout(where: Path, saved: Mapping[str, Any], here: Mapping[str
     for name, described in here["parameters"].items():
         if cut_of(described) != cut_of(saved["parameters"][name]):
             raise CheckpointError(f"{where}: {name} was cut in another way by the version that saved it; {way_out}")
+    stage_3 = saved["zero_stage"] == 3, here["zero_stage"] == 3
+    if not optimizer and (stage_3[0] != stage_3[1] or (all(stage_3) and saved["dp_size"] != here["dp_size"])):
+        raise CheckpointError(
+            f"{where} was saved at ZeRO stage {saved['zero_stage']} by {saved['dp_size']} data-parallel ranks, this run has stage "
+            f"{here['zero_stage']} and {here['dp_size']}, which read other files; write its weights with python -m ds_seqpar export and "
+            f"start from them, or {way_out}"
+        )
     if not optimizer:
         return
     sizes = saved["dp_size"], here["dp_size"]

@@ -3,20 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..layers.region import ShardingState
 from .gathering import part_of
+from .saved import SavedPartitions
 from .universal import MOMENTS, OPTIMIZER
 
-__all__ = ["count_steps_again", "restore_frozen", "restore_optimizer"]
+__all__ = ["count_steps_again", "require_weights_alone", "restore_frozen", "restore_optimizer", "weights_alone"]
 
 Member = tuple[nn.Parameter, Tensor]
 """A parameter and where its master weights lie."""
+
+
+def require_weights_alone(engine: Any, folder: Path, custom_load_fn: object) -> None:
+    """Raises CheckpointError where `weights_alone` cannot serve."""
+    if engine.zero_optimization_stage() < 3:
+        return
+    reason = "custom_load_fn" if custom_load_fn is not None else "an optimizer on NVMe" if engine.zero_nvme_offload_optimizer() else ""
+    if reason:
+        raise CheckpointError(
+            f"{folder}: at ZeRO stage 3 the weights cannot be loaded without the optimizer's states with {reason}; load all, or "
+            "write the weights with python -m ds_seqpar export and start from them"
+        )
+
+
+@contextmanager
+def weights_alone(
+    engine: Any, folder: Path, saved: Mapping[str, Any], state: ShardingState, write: Callable[[nn.Parameter, Tensor], None]
+) -> Iterator[None]:  # fmt: skip
+    """While DeepSpeed loads a checkpoint without its optimizer, its weights are all weights, whatever was frozen then or is now.
+
+        stages 0 to 2   the module's, without a second copy of what was frozen, of which DeepSpeed wants what is frozen now
+        stage 3         those of the ranks' parts, by `write`: DeepSpeed loads none (load_module_only), or those of the checkpoint
+                        that `latest` names, and of no more than one tensor-parallel rank
+    """  # fmt: skip
+    plain = engine.load_module_state_dict
+
+    def load(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        checkpoint.pop("frozen_param_fragments", None)
+        plain(checkpoint, *args, **kwargs)
+
+    def load_parts(*_: Any, **__: Any) -> None:
+        source = SavedPartitions(folder, saved)
+        for name, parameter in engine.module.named_parameters():
+            if source.has(name):
+                write(parameter, source.part(state.groups.tp_rank, name))
+        buffers = dict(engine.module.named_buffers())
+        for name, tensor in source.buffers().items():
+            buffers[name].copy_(tensor)
+
+    replaced: dict[str, Callable[..., Any]] = {"load_module_state_dict": load}
+    if engine.zero_optimization_stage() == 3:
+        replaced = {"load_module_state_dict": load_parts, "_load_zero_checkpoint": lambda *_, **__: False}
+    vars(engine).update(replaced)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            del vars(engine)[name]
 
 
 def restore_frozen(

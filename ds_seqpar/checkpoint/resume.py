@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
-import shutil
-import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,17 +23,19 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..hf import require_model, write_config
 from ..layers.region import ShardingState
-from ..plan.report import Report
 from . import manifest as manifests
 from . import universal
 from .files import writing
+from .identity import identity_of, saved_optimizer
 from .manifest import CONFIG_FOLDER, IDENTITY_KEY, MANIFEST
+from .placing import recover, replacing
+from .random_states import RANDOM, random_file, random_states, restore_random
 from .rendezvous import agreed, everyones, from_first_rank, meet
-from .restoring import count_steps_again, restore_frozen, restore_optimizer
+from .restoring import count_steps_again, require_weights_alone, restore_frozen, restore_optimizer, weights_alone
+from .trained import describe_optimizer, require_same_optimizer, require_same_scheduler
 from .waiting import after, waiting_over_gloo
-from .writing import removed_if_refused
 
-__all__ = ["load_checkpoint", "recover", "safe_reading", "save_checkpoint", "surviving"]
+__all__ = ["load_checkpoint", "safe_reading", "save_checkpoint"]
 
 Plain = Callable[..., Any]
 LATEST = "latest"
@@ -60,30 +59,28 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank, if any rank could not write; what `save_dir` held before is untouched.
     """
-    state: ShardingState = require_model(engine.module).seqpar
-    group, rank = state.groups.world_cpu_group, dist.get_rank()
+    group, rank = require_model(engine.module).seqpar.groups.world_cpu_group, dist.get_rank()
     meet("engine.save_checkpoint", group)
-    target = Path(save_dir).resolve() / str(tag if tag is not None else f"global_step{engine.global_steps}")
-    aside, before = _beside(target)
-    what = f"the checkpoint {target} was not saved"
-    with agreed(what, group):
+    root, name = Path(save_dir).resolve(), str(tag if tag is not None else f"global_step{engine.global_steps}")
+    what = f"the checkpoint {root / name}"
+    with agreed(f"{what} was not saved", group):
+        target = _inside(root, name)
         _refuse_unfit(engine, client_state or {})
     where = everyones(str(target), group)
-    with agreed(what, group):
+    with agreed(f"{what} was not saved", group):
         if len(set(where)) > 1:
             raise CheckpointError(f"the ranks were asked to save in different places: {sorted(set(where))}")
-        if rank == 0:
-            recover(target)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    identity = _identity(engine) | {"save_id": from_first_rank(uuid.uuid4().hex, group)}
+    identity = identity_of(engine) | {
+        "save_id": from_first_rank(uuid.uuid4().hex, group),
+        "without_frozen": exclude_frozen_parameters,
+    }
     written: list[Path] = []
-    with removed_if_refused(aside):
-        with agreed(what, group) as wait:
+    with replacing(target.resolve(), _is_of_a_checkpoint, group, what) as aside:
+        with agreed(f"{what} was not saved", group) as wait:
             with _recorded(engine, written) as problems, waiting_over_gloo(engine, comm, wait):
                 plain(
-                    str(Path(save_dir).resolve()),
-                    tag=str(Path(target.relative_to(Path(save_dir).resolve())).with_name(aside.name)),
+                    str(aside.parent),
+                    tag=aside.name,
                     client_state={**(client_state or {}), IDENTITY_KEY: identity},
                     save_latest=False,
                     exclude_frozen_parameters=exclude_frozen_parameters,
@@ -91,8 +88,11 @@ def save_checkpoint(
             if problems:
                 raise problems[0]
             mine = _files_of_this_rank(aside, written, identity)
-        files = {name: about for each in everyones(mine, group) for name, about in each.items()}
-        with agreed(what, group):
+        everything = everyones((mine, describe_optimizer(engine)), group)
+        files = {name: about for each, _ in everything for name, about in each.items()}
+        # Buffers of parts that are cut unevenly may differ from one tensor-parallel rank to the next.
+        optimizers = [optimizer for _, optimizer in everything[: identity["tp_size"]]]
+        with agreed(f"{what} was not saved", group):
             if rank == 0:
                 for name in files:
                     if not (aside / name).is_file():
@@ -101,10 +101,11 @@ def save_checkpoint(
                         )
                 (aside / CONFIG_FOLDER).mkdir()
                 write_config(require_model(engine.module), aside / CONFIG_FOLDER)
-                _write_durably(aside / MANIFEST, json.dumps(identity | {"files": files}, indent=1))
-                _into_place(aside, target, before)
-                if save_latest:
-                    _write_durably(target.parent / LATEST, target.name)
+                about = identity | {"files": files, "optimizers": optimizers}
+                _write_durably(aside / MANIFEST, json.dumps(about, indent=1))
+    with agreed(f"{what} was saved, but {root / LATEST} does not name it; load it by its tag", group):
+        if rank == 0 and save_latest:
+            _write_durably(root / LATEST, str(target.relative_to(root)))
     return True
 
 
@@ -130,7 +131,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: on every rank, before anything is loaded: the checkpoint is missing, incomplete, damaged, mixed, of
-            another model, or was saved by a run of another size.
+            another model, was saved by a run of another size, or its optimizer stepped other parameters.
     """
     state: ShardingState = require_model(engine.module).seqpar
     group = state.groups.world_cpu_group
@@ -151,8 +152,10 @@ def load_checkpoint(
         if dist.get_rank() == 0:
             folder = Path(load_dir).resolve()
             found = tag if tag is not None else _read_latest(folder / LATEST)
-            if found is not None:
-                recover(folder / str(found))
+            if found is None:
+                _warn_of_unnamed(folder)
+            else:
+                recover((folder / str(found)).resolve(), _is_of_a_checkpoint)
                 found = str(found), manifests.read_manifest(folder / str(found))
     found = from_first_rank(found, group)
     if found is None:
@@ -160,19 +163,36 @@ def load_checkpoint(
     tag, saved = found
     folder = Path(load_dir).resolve() / str(tag)
     with agreed(what, group):
-        here = _identity(engine)
+        here = identity_of(engine)
         manifests.require_same_model(folder, saved, here)
         whole = load_optimizer_states and not load_module_only
         manifests.require_same_layout(folder, saved, here, optimizer=whole)
         manifests.require_files(folder, saved, _coordinates(state))
-    with safe_reading(safe_classes), waiting_over_gloo(engine, comm, partial(everyones, None, group)):
+        _require_strictness(folder, saved, load_module_strict)
+        if whole and (ours := describe_optimizer(engine)) is not None:
+            with safe_reading(safe_classes):
+                theirs = saved_optimizer(engine, folder, saved, state.groups.tp_rank)
+            if theirs is not None:
+                require_same_optimizer(folder, theirs, ours)
+        if load_lr_scheduler_states and not load_module_only:
+            require_same_scheduler(folder, saved, here)
+        if not whole:
+            require_weights_alone(engine, folder, custom_load_fn)
+    wait = partial(everyones, None, group)
+    with ExitStack() as stack:
+        stack.enter_context(safe_reading(safe_classes))
+        if not whole:
+            # DeepSpeed is told to load the optimizer's states too, or at stage 3 it would look for weights in other places.
+            options["load_optimizer_states"] = options["load_optimizer_states"] or here["zero_stage"] == 3
+            stack.enter_context(weights_alone(engine, folder, saved, state, after(wait, write)))
+        stack.enter_context(waiting_over_gloo(engine, comm, wait))
         path, client_state = plain(str(folder.parent), tag=folder.name, **options)
     state.generation += 1
     (client_state or {}).pop(IDENTITY_KEY, None)
     if whole and engine.optimizer is not None:
         count_steps_again(getattr(engine.optimizer, "optimizer", engine.optimizer))
     if whole and saved["dp_size"] == here["dp_size"]:
-        _restore_random(folder / _random_file(dist.get_rank()))
+        restore_random(folder / random_file(dist.get_rank()))
     return path, client_state
 
 
@@ -194,7 +214,7 @@ def _load_universal(
             if found is None:
                 raise CheckpointError(f"{load_dir} has no {LATEST}_universal, and no tag was given")
             folder = load_dir / str(found)
-            saved = universal.require_universal(folder, _identity(engine), named.keys() - frozen.keys())
+            saved = universal.require_universal(folder, identity_of(engine), named.keys() - frozen.keys())
             universal.complete(folder, saved)
             if stage == 0 and not whole:
                 raise CheckpointError(
@@ -233,17 +253,6 @@ def _without_optimizer(engine: Any, options: dict[str, Any]) -> Iterator[None]:
         del engine.optimizer.update_lp_params
 
 
-def recover(target: Path) -> None:
-    """Ends a replacement of `target` that was cut off: the old checkpoint comes back if the new one is not in its place."""
-    _, before = _beside(target)
-    if not before.exists():
-        return
-    if target.exists():
-        shutil.rmtree(before)
-    else:
-        before.rename(target)
-
-
 @contextmanager
 def safe_reading(classes: Sequence[Any]) -> Iterator[None]:
     """Makes every torch.load of the body, DeepSpeed's own included, read data only: tensors, plain values and `classes`.
@@ -270,14 +279,22 @@ def safe_reading(classes: Sequence[Any]) -> Iterator[None]:
             os.environ[name] = outside
 
 
-def surviving(target: Path) -> Path:
-    """`target`, or where its replacement, if it was cut off between its two renames, left it."""
-    _, before = _beside(target)
-    return before if before.exists() and not target.exists() else target
+def _inside(root: Path, tag: str) -> Path:
+    """The folder of a tag, which may be nested ("run1/step5"). Raises CheckpointError for a tag that is not a place in `root`."""
+    target = Path(os.path.normpath(root / tag))
+    if target == root or root not in target.parents:
+        raise CheckpointError(f"the tag {tag!r} names no folder in {root}; use a name such as global_step5 or run1/step5")
+    if target == root / LATEST:
+        raise CheckpointError(f"the tag {tag!r} is the name of the file that names the latest checkpoint; use another")
+    return target
 
 
-def _beside(target: Path) -> tuple[Path, Path]:
-    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.before")
+def _is_of_a_checkpoint(name: str) -> bool:
+    """What DeepSpeed and we write in a checkpoint's folder; a user's own files beside it are not ours to remove."""
+    return name in (MANIFEST, CONFIG_FOLDER, "offloaded_tensors") or name.endswith(_ENDINGS) or name.startswith(RANDOM)
+
+
+_ENDINGS = ("_model_states.pt", "_optim_states.pt")
 
 
 def _refuse_unfit(engine: Any, client_state: dict[str, Any]) -> None:
@@ -294,24 +311,21 @@ def _refuse_unfit(engine: Any, client_state: dict[str, Any]) -> None:
         )
 
 
-def _identity(engine: Any) -> dict[str, Any]:
-    """What the manifest says of the run, the same on every rank."""
-    report: Report = engine.seqpar_report
-    entries = require_model(engine.module).seqpar.entries
-    named = dict(engine.module.named_parameters(remove_duplicate=False))
-    dtypes = {name: str(p.dtype).removeprefix("torch.") for name, p in named.items()}
-    return {
-        "format": manifests.FORMAT,
-        "model_type": report.model_type,
-        "tp_size": report.tp_size,
-        "dp_size": dist.get_world_size() // report.tp_size,
-        "zero_stage": int(engine.zero_optimization_stage()),
-        "dtype": "bfloat16" if engine.bfloat16_enabled() else "float16" if engine.fp16_enabled() else "float32",
-        "global_steps": engine.global_steps,
-        "wrapper": None if engine.module is require_model(engine.module) else type(engine.module).__name__,
-        "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
-        "parameters": manifests.describe_parameters({n: entries[id(p)] for n, p in named.items()}, dtypes),
-    }
+def _require_strictness(folder: Path, saved: Mapping[str, Any], strict: bool) -> None:
+    if strict and saved.get("without_frozen") and saved["frozen"]:
+        raise CheckpointError(
+            f"{folder} was saved with exclude_frozen_parameters and lacks {len(saved['frozen'])} frozen parameters "
+            f"({saved['frozen'][0]}, ...); load with load_module_strict=False, which leaves them the values they have"
+        )
+
+
+def _warn_of_unnamed(folder: Path) -> None:
+    """A run that starts from zero beside its own checkpoints says so."""
+    found = sorted(str(path.parent.relative_to(folder)) for path in (*folder.glob(f"*/{MANIFEST}"), *folder.glob(f"*/*/{MANIFEST}")))
+    if found:
+        logging.getLogger("ds_seqpar").warning(
+            "%s has no file %s, so nothing is loaded, but it holds %s; give one of them as tag", folder, LATEST, found
+        )
 
 
 def _coordinates(state: ShardingState) -> dict[str, int]:
@@ -346,11 +360,11 @@ def _recorded(engine: Any, written: list[Path]) -> Iterator[list[Exception]]:
 
 def _files_of_this_rank(aside: Path, written: list[Path], identity: dict[str, Any]) -> dict[str, Any]:
     rank, t = dist.get_rank(), identity["tp_size"]
-    random_file = aside / _random_file(rank)
-    with writing(random_file):
-        torch.save(_random_states(), random_file)
+    own = aside / random_file(rank)
+    with writing(own):
+        torch.save(random_states(), own)
     files = {}
-    for path in [*written, random_file]:
+    for path in [*written, own]:
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         files[path.name] = {
@@ -360,18 +374,6 @@ def _files_of_this_rank(aside: Path, written: list[Path], identity: dict[str, An
             "dp_rank": rank // t,
         }
     return files
-
-
-def _into_place(aside: Path, target: Path, before: Path) -> None:
-    if target.exists():
-        target.rename(before)
-    aside.rename(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    recover(target)
 
 
 def _write_durably(path: Path, text: str) -> None:
@@ -385,27 +387,3 @@ def _write_durably(path: Path, text: str) -> None:
 
 def _read_latest(path: Path) -> str | None:
     return path.read_text().strip() if path.is_file() else None
-
-
-def _random_file(rank: int) -> str:
-    return f"ds_seqpar_random_rank_{rank}.pt"
-
-
-def _random_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    if "numpy" in sys.modules:
-        name, keys, position, has_gauss, gauss = sys.modules["numpy"].random.get_state()
-        states["numpy"] = (str(name), keys.tolist(), int(position), int(has_gauss), float(gauss))
-    return states
-
-
-def _restore_random(path: Path) -> None:
-    states = torch.load(path, weights_only=True)
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    if "numpy" in states and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(states["numpy"])

@@ -76,6 +76,7 @@ class SavedPartitions:
         return {name: state["module"][name] for name in state["buffer_names"]}
 
     def has(self, name: str) -> bool:
+        name = self._aliases.get(name, name)
         return name in self._places[0] or name in (self._states[0][0].get("frozen_param_shapes") or {})
 
     def tensor(self, name: str) -> Tensor:
@@ -83,9 +84,14 @@ class SavedPartitions:
         if name in buffers:
             return buffers[name]
         described = self._parameters[name]
-        parts = [self._part(tp, name).to(getattr(torch, described["dtype"])) for tp in range(len(self._states))]
+        parts = [self.part(tp, name) for tp in range(len(self._states))]
         cut = manifests.cut_of(described)
         return parts[0] if cut is None else whole_of(parts, cut)
+
+    def part(self, tp: int, name: str) -> Tensor:
+        """What a tensor-parallel rank has of a parameter, in the model's dtype."""
+        dtype: torch.dtype = getattr(torch, self._parameters[name]["dtype"])
+        return self._part(tp, name).to(dtype)
 
     def _part(self, tp: int, name: str) -> Tensor:
         name = self._aliases.get(name, name)

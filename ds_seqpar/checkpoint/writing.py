@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,23 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed import get_rank as rank_in_run
 
-from ..errors import CheckpointError
 from ..hf import as_saved, names_in_file, split_into_files, write_config
 from .files import PickledFile, SafetensorsFile, WeightFile
+from .placing import Stale, replacing
 from .rendezvous import agreed
 
 __all__ = [
     "PICKLED_WEIGHTS",
     "SAFE_WEIGHTS",
     "PlannedTensors",
-    "begin",
-    "finish",
     "plan_tensors",
-    "removed_if_refused",
+    "weights_of_a_model",
     "write_model",
     "write_together",
     "write_wrapper_together",
 ]
 
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-WEIGHT_FILES = ("model*.safetensors", "model*.index.json", "pytorch_model*.bin", "pytorch_model*.index.json")
-"""What an older checkpoint in the same folder must not leave behind: it would be loaded with the new one."""
 
 
 @dataclass(frozen=True)
@@ -168,30 +163,27 @@ def write_together(
     model: nn.Module, target: Path, whole: Mapping[str, Tensor], fetch: Fetch, group: ProcessGroup | None, *,
     max_shard_size: int | str, weights_name: str, tokenizer: Any = None,
 ) -> None:  # fmt: skip
-    """`write_model` by all ranks, of which rank 0 writes: aside, and renamed when complete; other files in `target` stay.
+    """`write_model` by all ranks, of which rank 0 writes: aside, and put in place when complete; other files in `target` stay.
 
     Raises CheckpointError on every rank.
     """
-    what, writes = f"the checkpoint was not written: {target}", rank_in_run() == 0
-    aside = _aside(target)
-    planned: list[PlannedTensors] = []
-    with agreed(what, group):
-        planned += plan_tensors(model, whole)
-        if writes:
-            begin(target)
-            write_config(model, aside, tokenizer)
-    error: Exception | None = None
-    try:
-        write_model(
-            model, aside, planned, fetch, max_shard_size=max_shard_size, weights_name=weights_name, writes=writes
-        )
-    except Exception as problem:
-        error = problem
-    with removed_if_refused(aside), agreed(what, group):
-        if error is not None:
-            raise error
-        if writes:
-            finish(target)
+    what, writes = f"the checkpoint {target}", rank_in_run() == 0
+    with replacing(target, weights_of_a_model(weights_name), group, what) as aside:
+        planned: list[PlannedTensors] = []
+        with agreed(f"{what} was not written", group):
+            planned += plan_tensors(model, whole)
+            if writes:
+                write_config(model, aside, tokenizer)
+        error: Exception | None = None
+        try:
+            write_model(
+                model, aside, planned, fetch, max_shard_size=max_shard_size, weights_name=weights_name, writes=writes
+            )
+        except Exception as problem:
+            error = problem
+        with agreed(f"{what} was not written", group):
+            if error is not None:
+                raise error
 
 
 def write_wrapper_together(
@@ -202,64 +194,29 @@ def write_wrapper_together(
 
     Raises CheckpointError on every rank.
     """
-    what, writes = f"the checkpoint was not written: {target}", rank_in_run() == 0
-    tensors: dict[str, Tensor] = {}
-    for name in whole:
-        tensor = fetch(name)
-        if writes:
-            tensors[name] = tensor.detach().cpu()
-    with removed_if_refused(_aside(target)), agreed(what, group):
-        if writes:
-            aside = begin(target)
-            wrapper.save_pretrained(  # type: ignore[operator]
-                str(aside), state_dict=tensors, safe_serialization=not weights_name.endswith(".bin")
-            )
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(aside))
-            finish(target)
+    what, writes = f"the checkpoint {target}", rank_in_run() == 0
+    with replacing(target, _is_weights_of_adapters, group, what) as aside:
+        tensors: dict[str, Tensor] = {}
+        for name in whole:
+            tensor = fetch(name)
+            if writes:
+                tensors[name] = tensor.detach().cpu()
+        with agreed(f"{what} was not written", group):
+            if writes:
+                wrapper.save_pretrained(  # type: ignore[operator]
+                    str(aside), state_dict=tensors, safe_serialization=not weights_name.endswith(".bin")
+                )
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(str(aside))
 
 
-@contextmanager
-def removed_if_refused(aside: Path) -> Iterator[None]:
-    """Removes what was written aside if the body raises CheckpointError, as every rank then does: it would keep a full disk full."""
-    try:
-        yield
-    except CheckpointError:
-        if rank_in_run() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
+def weights_of_a_model(weights_name: str) -> Stale:
+    """Whether a file would be loaded with, or in the place of, the weights that are written under a name: those that they replace."""
+    own = re.escape(weights_name.rpartition(".")[0] or weights_name)
+    files = re.compile(rf"(model|pytorch_model|{own})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+    return lambda name: files.fullmatch(name) is not None
 
 
-def _aside(target: Path, word: str = "partial") -> Path:
-    return target.with_name(f".{target.name}.{word}")
-
-
-def begin(target: Path) -> Path:
-    """An empty folder beside `target`, to be filled."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _recover(target, _aside(target, "before"))
-    shutil.rmtree(_aside(target), ignore_errors=True)
-    _aside(target).mkdir()
-    return _aside(target)
-
-
-def finish(target: Path) -> None:
-    """Puts the folder that `begin` made in the place of `target`."""
-    before = _aside(target, "before")
-    if target.exists():
-        target.rename(before)
-    _aside(target).rename(target)
-    _recover(target, before)
-
-
-def _recover(target: Path, before: Path) -> None:
-    """Ends a replacement: the old folder comes back if there is no new one, otherwise its other files move over."""
-    if not before.exists():
-        return
-    if not target.exists():
-        before.rename(target)
-        return
-    for entry in before.iterdir():
-        if not (target / entry.name).exists() and not any(entry.match(pattern) for pattern in WEIGHT_FILES):
-            entry.rename(target / entry.name)
-    shutil.rmtree(before)
+def _is_weights_of_adapters(name: str) -> bool:
+    """A base model's weights beside them are not theirs to replace."""
+    return name in ("adapter_model.safetensors", "adapter_model.bin")

@@ -101,8 +101,10 @@ def test_the_command_and_its_refusals(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["export", str(tmp_path / "in"), str(tmp_path / "refused"), "--tag", "third"]) == 1
     assert "'before', 'global_step2'" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert main(["export", str(good), str(tmp_path / "file" / "x")]) == 1
-    assert "was not written" in capsys.readouterr().err
+    for target in (tmp_path / "file", tmp_path / "file" / "x"):
+        assert main(["export", str(good), str(target)]) == 1
+        assert f"{target} was not written: {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").is_file()
     assert not (tmp_path / "refused").exists()
 
 

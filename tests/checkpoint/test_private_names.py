@@ -40,6 +40,20 @@ def test_deepspeed_waits_in_a_save_or_load_by_the_names_that_are_replaced() -> N
     assert "self.load_module_state_dict(" in inspect.getsource(deepspeed.DeepSpeedEngine._load_checkpoint)
 
 
+def test_deepspeed_loads_weights_alone_by_the_names_that_are_replaced() -> None:
+    load = inspect.getsource(deepspeed.DeepSpeedEngine.load_checkpoint)
+    assert "success = self._load_zero_checkpoint(" in load and "self.optimizer._restore_from_bit16_weights()" in load
+    source = inspect.getsource(deepspeed.DeepSpeedEngine._load_checkpoint)
+    assert "zero_optimization_partition_weights() and not load_optimizer_states and not self.has_moe_layers:" in source
+    assert "FROZEN_PARAM_FRAGMENTS" in inspect.getsource(deepspeed.DeepSpeedEngine.load_module_state_dict)
+    assert constants.FROZEN_PARAM_FRAGMENTS == "frozen_param_fragments" and constants.PARAM_SHAPES == "param_shapes"
+
+
+def test_deepspeed_says_which_parameters_lie_in_its_buffers_and_in_which_order() -> None:
+    source = inspect.getsource(deepspeed.DeepSpeedEngine._get_zero_param_shapes)
+    assert "round_robin_bit16_groups" in source and "param_group_shapes.append(param_shapes)" in source
+
+
 def _collectives_of_a_save_and_a_load(folder: str, stage: int) -> list[str]:
     """What DeepSpeed asks of its own groups in both, on two tensor-parallel groups."""
     engine, backend, asked = engine_at("llama", 2, stage, zero_optimization={"stage": stage}), comm.cdb, []

@@ -241,7 +241,7 @@ def test_what_the_system_refuses_is_said_on_every_rank_and_nothing_is_left(tmp_p
     assert re.search(
         r"bad was not saved: .*/\.bad\.partial/.*\.pt was not written: File too large \(on rank 1\)", first[0]
     )
-    assert "exported: OSError: [Errno 27] File too large (on rank 0)" in first[1]
+    assert "exported was not written: OSError: [Errno 27] File too large (on rank 0)" in first[1]
     assert re.search(r"pytorch_model.bin was not written: File too large \(on rank 0\)", first[2])
     assert all("Permission denied" in message and str(unwritable) in message for message in first[3:])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exported", "good", "latest"]
@@ -397,33 +397,38 @@ def test_kill_at_twenty_moments_of_an_export_over_another(tmp_path: Path) -> Non
     assert set(found) == {False, True}, "every moment was too early, or too late"
 
 
+STEPS = ["before it is complete", "before the old one moves", "between the two renames"]
+
+
 def _die_at(folder: str, step: str) -> None:
     """Rank 0 dies at a named step of putting the new checkpoint in the old one's place."""
     engine = engine_at("llama", 2, 1)
-    run(engine, 0, 2)
+    run(engine, 0, 3)
 
     def die(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if dist.get_rank() == 0:
         plain, count = Path.rename, itertools.count()
-        deadly = ["before the old one moves", "between the two renames"].index(step)
+        deadly = 1 + STEPS.index(step)  # the first takes the new folder out of the old one
         Path.rename = lambda self, to: die() if next(count) == deadly else plain(self, to)  # type: ignore[method-assign]
     engine.save_checkpoint(folder, tag="second")
 
 
-@pytest.mark.parametrize("step", ["before the old one moves", "between the two renames"])
+@pytest.mark.parametrize("step", STEPS)
 def test_a_replacement_cut_off_between_its_steps_is_ended_by_the_next(tmp_path: Path, step: str) -> None:
     run_ranks(2, _two_saves, str(tmp_path))
     with pytest.raises(RankError, match="exit code -9"):
         run_ranks(2, _die_at, str(tmp_path), step)
-    assert (tmp_path / ".second.partial").is_dir()
-    assert (tmp_path / "second").exists() == (step == "before the old one moves")
+    complete = step != "before it is complete"
+    assert (tmp_path / (".second.complete" if complete else ".second.partial")).is_dir()
+    assert (tmp_path / "second").exists() == (step != "between the two renames")
     export_checkpoint(tmp_path, tmp_path / "exported")  # changes nothing there
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").config.model_type == "llama"
     shutil.rmtree(tmp_path / "exported")
     (state,) = run_ranks(2, _what_is_there, [str(tmp_path)])[0]
-    assert state == ["latest is second", "2 steps", "first has 1", "second has 2", "third is not there"]
+    steps = 3 if complete else 2
+    assert state == ["latest is second", f"{steps} steps", "first has 1", f"second has {steps}", "third is not there"]
     run_ranks(2, _two_saves, str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "latest", "second"]
     assert json.loads((tmp_path / "second" / "ds_seqpar_manifest.json").read_text())["global_steps"] == 2

@@ -58,8 +58,7 @@ def engine_at(
         stage,
         1,
         ACCUMULATION,
-        scheduler=SCHEDULER,
-        **{"gradient_clipping": clipping, **ds},
+        **{n: x for n, x in {"gradient_clipping": clipping, "scheduler": SCHEDULER, **ds}.items() if x is not None},
     )
 
 
