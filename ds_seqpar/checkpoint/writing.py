@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,16 @@ __all__ = [
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 
+Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class PlannedTensors:
-    """Tensors of the model (`names`) that together become tensors of the file (`becomes`, on the meta device)."""
+    """Tensors of the model (`names`) that together become tensors of the file (`becomes`, on the meta device), by `convert`."""
 
     names: tuple[str, ...]
     becomes: Mapping[str, Tensor]
+    convert: Convert
 
 
 Fetch = Callable[[str], Tensor]
@@ -50,27 +55,28 @@ def plan_tensors(model: nn.Module, whole: Mapping[str, Tensor]) -> list[PlannedT
     does not save, are left out; names and layouts are those of the original checkpoint.
     """
     kept = names_in_file(model, whole)
-    full = as_saved(model, kept)
+    convert = partial(as_saved, model, whole=whole)
+    full = convert(kept)
     planned, left = [], []
     for name, tensor in kept.items():
-        alone = _fitting(model, {name: tensor}, full)
+        alone = _fitting(convert, {name: tensor}, full)
         if alone is None:
             left.append(name)
         else:
-            planned.append(PlannedTensors((name,), alone))
+            planned.append(PlannedTensors((name,), alone, convert))
     for names in _by_layer(left):
-        together = _fitting(model, {name: kept[name] for name in names}, full)
+        together = _fitting(convert, {name: kept[name] for name in names}, full)
         if together is None:
-            return [PlannedTensors(tuple(kept), full)]
-        planned.append(PlannedTensors(tuple(names), together))
+            return [PlannedTensors(tuple(kept), full, convert)]
+        planned.append(PlannedTensors(tuple(names), together, convert))
     covered = [name for group in planned for name in group.becomes]
-    return planned if sorted(covered) == sorted(full) else [PlannedTensors(tuple(kept), full)]
+    return planned if sorted(covered) == sorted(full) else [PlannedTensors(tuple(kept), full, convert)]
 
 
-def _fitting(model: nn.Module, part: dict[str, Tensor], full: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def _fitting(convert: Convert, part: dict[str, Tensor], full: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """What `part` becomes by itself, if that is what it becomes in the whole."""
     try:
-        becomes = as_saved(model, part)
+        becomes = convert(part)
     except Exception:  # a conversion that needs more than this part may fail in any way
         return None
     right = all(
@@ -115,7 +121,7 @@ def write_model(
             del tensor
         if writer is not None and error is None:
             try:
-                writer.take(as_saved(model, tensors))
+                writer.take(group.convert(tensors))
             except Exception as problem:
                 error = problem
     if writer is not None and error is None:

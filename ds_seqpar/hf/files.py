@@ -57,6 +57,7 @@ def loading_parts(prepare: Callable[[PreTrainedModel, list[str]], PartialLoad]) 
             )
         if load_config.hf_quantizer is not None or "disk" in (load_config.device_map or {}).values():
             raise CheckpointError("a quantized or disk-offloaded model cannot be read in parts; load it without")
+        whole = {name: x.to("meta") for name, x in model.state_dict().items()}
         partial = prepare(model, [str(f) for f in checkpoint_files])
         _place(model, partial, load_config.weight_mapping or [])
 
@@ -65,7 +66,8 @@ def loading_parts(prepare: Callable[[PreTrainedModel, list[str]], PartialLoad]) 
 
         core_model_loading.set_param_for_module = set_param
         try:
-            info, offloaded = plain_load(model, dict(partial.tensors), None, load_config, expected_keys)
+            with _shows_whole(model, whole):
+                info, offloaded = plain_load(model, dict(partial.tensors), None, load_config, expected_keys)
         finally:
             core_model_loading.set_param_for_module = plain_set
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -165,9 +167,24 @@ def names_in_file(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict
     return remove_tied_weights_from_state_dict(kept, model)  # type: ignore[no-any-return]
 
 
-def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Some of the model's tensors under the names, and in the layout, of the original checkpoint."""
-    return revert_weight_conversion(model, dict(tensors))  # type: ignore[no-any-return]
+def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Some of the model's tensors, whole, under the names, and in the layout, of the original checkpoint.
+
+    `whole`: the model's state dict on the meta device, every tensor whole.
+    """
+    with _shows_whole(model, whole):
+        return revert_weight_conversion(model, dict(tensors))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _shows_whole(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> Iterator[None]:
+    """Conversions ask the model for a parameter's shape, and decide by it whether a tensor lies as the model has it: not a part's."""
+    plain = model.get_parameter
+    model.get_parameter = lambda target: whole[target] if target in whole else plain(target)
+    try:
+        yield
+    finally:
+        del model.get_parameter
 
 
 def split_into_files(

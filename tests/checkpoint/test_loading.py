@@ -110,7 +110,7 @@ def _write_checkpoint(folder: Path, model_type: str = "llama", **sizes: Any) -> 
     config.architectures = [type(model).__name__]
     folder.mkdir()
     config.save_pretrained(folder)
-    tensors = as_saved(model, {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()})
+    tensors = as_saved(model, {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}, {})
     names, weight_map = list(tensors), {}
     for i in range(0, len(names), 40):
         part = {name: tensors[name] for name in names[i : i + 40]}
