@@ -58,6 +58,8 @@ def table() -> str:
     lines = ["| type | plan | status | styles | tested at |", "|---|---|---|---|---|"]
     for name, result in sorted(RESULTS.items()):
         status = result["status"] + (f": {result['why']}" if result.get("why") else "")
+        if result.get("saved"):
+            status += f": {result['saved']}"
         if result.get("whole"):
             status += f"; whole: {', '.join(result['whole'])}"
         if result.get("heads"):

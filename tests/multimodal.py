@@ -105,6 +105,15 @@ PARTS: dict[str, Parts] = {
         },
         _PATCHES, grid=(1, 4, 4), ids="mm_token_type_ids",
     ),
+    "qwen3_vl_moe": Parts(
+        dict(image_token_id=IMAGE),
+        {
+            "vision_config": _QWEN
+            | dict(hidden_size=16, intermediate_size=20, out_hidden_size=48, num_position_embeddings=16)
+            | dict(deepstack_visual_indexes=[0, 1])
+        },
+        _PATCHES, grid=(1, 4, 4), ids="mm_token_type_ids",
+    ),
 }  # fmt: skip
 
 

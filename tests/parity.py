@@ -27,6 +27,7 @@ from model_types import (
     tiny_of,
 )
 from ranks import RankError, run_ranks
+from saving import saved
 from sharding import full_gradients, relative_error
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -72,8 +73,14 @@ def _loss(model: Any, batch: dict[str, Any], head: str) -> Tensor:
 
 
 def _with_gradients(batch: dict[str, Any]) -> dict[str, Any]:
-    """Embeddings come from somewhere that is trained, too: their gradient must be whole on every rank."""
-    return {n: x.clone().requires_grad_() if n == "inputs_embeds" else x for n, x in batch.items()}
+    """Embeddings come from somewhere that is trained, too: their gradient must be whole on every rank.
+
+    Copies: some models change what they are given in place.
+    """
+    return {
+        n: x if not isinstance(x, Tensor) else x.clone().requires_grad_() if n == "inputs_embeds" else x.clone()
+        for n, x in batch.items()
+    }
 
 
 def parity(
@@ -122,8 +129,16 @@ def _gradient_errors(gradients: Mapping[str, Tensor | None], reference: torch.nn
 
 
 def parities(model_type: str, heads: tuple[str, ...], **options: Any) -> dict[str, dict[str, Any]]:
-    """`parity` with each of the heads, "" for none; run on every rank."""
-    return {head: parity(model_type, head=head, **options) for head in heads}
+    """`parity` with each of the heads, "" for none, and what is wrong with what is `saved`; run on every rank."""
+    results = {head: parity(model_type, head=head, **options) for head in heads}
+    tolerance = ROUNDED.get(model_type, TOLERANCE)
+    for head, result in results.items():
+        if not options:
+            try:
+                result["saved"] = saved(model_type, head, _loss, tolerance)
+            except Exception as problem:  # alike on every rank
+                result["saved"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
+    return results
 
 
 def step_under_deepspeed(model_type: str, stage: int) -> dict[str, float]:
@@ -171,6 +186,8 @@ def measured(model_type: str, tp: int = 2, *, everywhere: bool = True) -> dict[s
         assert not result["bad"], f"{name}: relative errors above {TOLERANCE}: {result['bad']}"
         assert result["cut"], f"{name}: nothing is cut"
     line["whole"] = results[""]["whole"]
+    unsaved = {head: result["saved"] for head, result in results.items() if result["saved"]}
+    line["saved"] = next(iter(unsaved.values()), "")
     if everywhere and model_type in KINDS:
         wide = run_ranks(4, parities, model_type, heads, timeout=600)[0]
         bad = {head: result["bad"] for head, result in wide.items() if result["bad"]}
@@ -181,7 +198,7 @@ def measured(model_type: str, tp: int = 2, *, everywhere: bool = True) -> dict[s
         }
         assert not bad, f"{model_type} on four ranks: {bad}"
         line["at"] = "tp 2 and 4, tp 2 with dp 2, accumulation 2"
-    return {"status": "exact", **line, **({"heads": list(heads[1:])} if len(heads) > 1 else {})}
+    return {"status": "not saved" if unsaved else "exact", **line, **({"heads": list(heads[1:])} if len(heads) > 1 else {})}
 
 
 def _error_without_us(model_type: str) -> str:
@@ -238,6 +255,7 @@ def document() -> str:
     results = ds_seqpar.families.RESULTS
     status = Counter(result["status"] for result in results.values())
     failing = f", {status['not run']} not run: transformers' own model fails" if status["not run"] else ""
+    failing = (f", {status['not saved']} exact but not saved" if status["not saved"] else "") + failing
     return DOCUMENT.format(
         types=len(results),
         exact=status["exact"],
@@ -255,15 +273,21 @@ DOCUMENT = """# Model types
 Written by `python tests/parity.py` from what it measured; `python -m ds_seqpar families` prints the same table.
 
 transformers {version} plans {planned} model types, of which {planned_exact} are exact here; this table holds them, types that have
-a data file here instead, and vision-language models: {types} types, {exact} exact, {refused} refused by name before anything is
-changed{failing}.
+a data file here instead, and vision-language models: {types} types, {exact} exact and saved, {refused} refused by name before anything
+is changed{failing}.
 
 Exact: a random model of two layers, sharded over two ranks, gives after two accumulated batches the loss and every parameter's
 gradient of the unsharded model, each to a relative error of 1e-5 (lara_mini: 2e-5; float64, where rotary embeddings, norms and
 routers of many types compute in float32). "Whole" names the blocks that every rank repeats on all tokens: exact, but not divided.
 Of a model of several parts the language model is sharded, by the plan of the type that stands in the column; the rest of it, such
 as a vision tower, is whole on every rank, and its gradients are compared too. A gradient of less than 1e-8 of the largest is zero
-but for rounding, and must be in both. One type of each architecture is also measured at tp 4, and at tp 2 with two data-parallel
+but for rounding, and must be in both.
+
+An exact type is saved, too: after every weight has moved, the files of `ds_seqpar.save_pretrained` hold the tensors that transformers
+writes of the unsharded model, to the bit; plain transformers and `ds_seqpar.loading` read them to a model with the unsharded loss, and
+causal language models generate the same tokens. Other stages, the Trainer and `export` are compared for some types in tests/.
+
+One type of each architecture is also measured at tp 4, and at tp 2 with two data-parallel
 ranks under DeepSpeed (ZeRO 1, float32, the change of every weight to 2e-5). "With" names the heads that were measured beside the
 causal language model's (or, for a type without one, beside the bare model's hidden states), each with its own loss in transformers.
 
