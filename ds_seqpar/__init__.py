@@ -22,6 +22,7 @@ from .errors import (
     SeqParError,
     VerificationError,
 )
+from .layers.whole import parameter_sum
 from .plan.report import Report
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "full_state_dict",
     "initialize",
     "loading",
+    "parameter_sum",
     "save_pretrained",
     "shard",
 ]

@@ -52,6 +52,7 @@ from .layers.region import ShardingState
 from .layers.rotary import fuse_rotary
 from .layers.surgery import become
 from .layers.tokenwise import is_tokenwise
+from .layers.whole import remember
 from .plan.cuts import Cut, Kind
 from .plan.facts import ModelFacts
 from .plan.model_plan import BlockPlan, ModelPlan
@@ -136,7 +137,9 @@ def inject(
     )
     _Injection(model, facts, plan, state, report, already_cut).run()
     entries = report.parameters()
-    state.entries.update({id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)})
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        state.entries[id(parameter)] = entries[name]
+        remember(parameter, entries[name], groups)
     untested = [name for name in dict.fromkeys((facts.model_type, facts.text_type)) if name not in TESTED]
     if untested:
         report.remarks.append(

@@ -46,11 +46,11 @@ KINDS = ("bert", "deepseek_v3", "gpt_neox", "gptj", "mixtral", "qwen2", "t5")
 the MLP, experts, grouped heads, an encoder-decoder."""
 
 _ALIGNED: dict[str, dict[str, Any]] = {
-    "mixtral": {"intermediate_size": 56},
-    "gpt_oss": {"intermediate_size": 56},
-    "deepseek_v3": {"moe_intermediate_size": 24},
+    "mixtral": {"intermediate_size": 44},
+    "gpt_oss": {"intermediate_size": 44},
+    "deepseek_v3": {"moe_intermediate_size": 20},
 }
-"""Products over all experts want rows of 16 bytes: so many that the ranks' parts differ."""
+"""Products over all experts want rows of 16 bytes: such as float32 has whole, and halves of them would not have."""
 ROUNDED = {"lara_mini": 2e-5}
 """Tolerances of types whose code computes in float32 what a single rounding moves by more than TOLERANCE: weights that differ by
 1e-8 move the gradient of lara_mini's `A_log`, a sum over all tokens of its delta rule, by 1.05e-5 without us."""

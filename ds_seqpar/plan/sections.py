@@ -67,8 +67,10 @@ class Sections:
     ) -> list[tuple[int, int]]:
         if role in ANYWHERE:
             unit = 2 if role is Role.PAIRS else 1
-            if role is not Role.EVEN and width % (8 * unit) == 0 and width // (8 * unit) >= self.tp_size:
-                unit *= 8
+            if role is not Role.EVEN:
+                # Grouped products want rows of 16 bytes: what the whole width is made of, in float32 four numbers.
+                fits = (n for n in (8, 4, 2) if width % (n * unit) == 0 and width // (n * unit) >= self.tp_size)
+                unit *= next(fits, 1)
             if width // unit < self.tp_size:
                 raise PlanError(
                     f"{name}: {width} features cannot be cut over tp_size={self.tp_size}; use at most {width // unit}"
