@@ -22,6 +22,7 @@ from .errors import (
     SeqParError,
     VerificationError,
 )
+from .parameter_hooks import train_rows
 from .plan.report import Report
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "loading",
     "save_pretrained",
     "shard",
+    "train_rows",
 ]
 __version__ = "0.1.0"
 

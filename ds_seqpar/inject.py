@@ -52,6 +52,7 @@ from .layers.region import ShardingState
 from .layers.rotary import fuse_rotary
 from .layers.surgery import become
 from .layers.tokenwise import is_tokenwise
+from .parameter_hooks import refuse_post_hooks, serve_hooks
 from .plan.cuts import Cut, Kind
 from .plan.facts import ModelFacts
 from .plan.model_plan import BlockPlan, ModelPlan
@@ -116,6 +117,8 @@ def inject(
     """
     if has_values:
         refuse_unfit(model)
+        if groups.tp_size > 1:
+            refuse_post_hooks(model)
     plan = resolve(facts, family(facts.data_file), groups.tp_size, config.plan)
     check_modules(model, facts, plan)
     if already_cut:
@@ -137,6 +140,9 @@ def inject(
     _Injection(model, facts, plan, state, report, already_cut).run()
     entries = report.parameters()
     state.entries.update({id(p): entries[name] for name, p in model.named_parameters(remove_duplicate=False)})
+    for parameter in model.parameters() if groups.tp_size > 1 else ():
+        if (cut := state.entries[id(parameter)].cut) is not None:
+            serve_hooks(parameter, cut, groups)
     untested = [name for name in dict.fromkeys((facts.model_type, facts.text_type)) if name not in TESTED]
     if untested:
         report.remarks.append(
