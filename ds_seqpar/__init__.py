@@ -23,6 +23,7 @@ from .errors import (
     VerificationError,
 )
 from .layers.whole import parameter_sum
+from .parameter_hooks import train_rows
 from .plan.report import Report
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "parameter_sum",
     "save_pretrained",
     "shard",
+    "train_rows",
 ]
 __version__ = "0.1.0"
 

@@ -53,6 +53,7 @@ from .layers.rotary import fuse_rotary
 from .layers.surgery import become
 from .layers.tokenwise import is_tokenwise
 from .layers.whole import remember
+from .parameter_hooks import refuse_post_hooks, serve_hooks
 from .plan.cuts import Cut, Kind
 from .plan.facts import ModelFacts
 from .plan.model_plan import BlockPlan, ModelPlan
@@ -117,6 +118,8 @@ def inject(
     """
     if has_values:
         refuse_unfit(model)
+        if groups.tp_size > 1:
+            refuse_post_hooks(model)
     plan = resolve(facts, family(facts.data_file), groups.tp_size, config.plan)
     check_modules(model, facts, plan)
     if already_cut:
@@ -140,6 +143,9 @@ def inject(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         state.entries[id(parameter)] = entries[name]
         remember(parameter, entries[name], groups)
+    for parameter in model.parameters() if groups.tp_size > 1 else ():
+        if (cut := state.entries[id(parameter)].cut) is not None:
+            serve_hooks(parameter, cut, groups)
     untested = [name for name in dict.fromkeys((facts.model_type, facts.text_type)) if name not in TESTED]
     if untested:
         report.remarks.append(

@@ -50,7 +50,12 @@ def _strike_in(engine: Any, where: str, fault: Callable[[], None]) -> None:
     if where == "forward":
         engine.module.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: fault())
     elif where == "backward":
-        engine.module.model.layers[0].mlp.down_proj.weight.register_hook(lambda grad: fault())
+
+        def struck_within(grad: Any) -> None:
+            fault()
+
+        struck_within.takes_parts = True  # type: ignore[attr-defined]  # one rank alone has it
+        engine.module.model.layers[0].mlp.down_proj.weight.register_hook(struck_within)
     elif where == "step":
         plain = engine.basic_optimizer.step
         engine.basic_optimizer.step = lambda *args, **kwargs: (fault(), plain(*args, **kwargs))[1]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_seqpar import inject
+from ds_seqpar import inject, parameter_hooks
 from ds_seqpar.comm import collectives, regions, tokens
 from ds_seqpar.comm.exchange import Exchange
 from ds_seqpar.comm.regions import _GatherForPartial
@@ -546,4 +546,6 @@ MUTANTS: tuple[Mutant, ...] = (
         by="users' tensors", verify=False),
     Mutant("a trainable mask's gradient is that of a rank's heads", _swap(models, "with_edges", _identity), by="users' tensors",
         verify=False),
+    Mutant("a parameter's hook sees a part of its gradient", _swap(parameter_hooks, "_with_whole", lambda _: lambda hook, *_: hook),
+        by="parameter hooks", verify=False),
 )  # fmt: skip

@@ -17,7 +17,7 @@ from exactness import compare_adamw, compare_sgd
 from mutants import MUTANTS, Mutant
 from ranks import run_ranks
 from replicas import train_with_checks
-from sharding import proven, relative_error, twins
+from sharding import full_gradients, proven, relative_error, twins
 from test_dropout import dropout_step, masks_of_parts_differ, masks_of_replicas_agree
 
 from ds_seqpar import DataMismatchError
@@ -33,6 +33,7 @@ TESTS = {
     "data guard": "tests/test_refusals.py: DataMismatchError",
     "nested data": "tests/layers/test_input_guard.py: DataMismatchError",
     "users' tensors": "tests/layers/test_users_tensors.py: gradients of what hooks and arguments bring in",
+    "parameter hooks": "tests/test_parameter_hooks.py: weights after a step with hooks on parameters",
     "dropout apart": "tests/test_dropout.py: masks differ between ranks",
     "dropout alike": "tests/test_dropout.py: masks differ by head only",
 }
@@ -152,6 +153,15 @@ def _users_tensors(mutant: Mutant) -> str:
     return _worst({name: relative_error(mine, trained[1][name]) for name, mine in trained[0].items()})
 
 
+def _parameter_hooks(mutant: Mutant) -> str:
+    ids, (model, reference) = torch.arange(7).view(1, 7), twins(mutant.family)
+    for one in (model, reference):
+        one.get_input_embeddings().weight.register_hook(lambda grad: grad / grad.norm())
+        one(ids, labels=ids).loss.backward()
+    name = "model.embed_tokens.weight"
+    return _worst({name: relative_error(full_gradients(model)[name], reference.get_parameter(name).grad)})
+
+
 CHECKS: dict[str, Callable[[Mutant], str]] = {
     "step": _step,
     "data guard": _step,
@@ -159,6 +169,7 @@ CHECKS: dict[str, Callable[[Mutant], str]] = {
     "replicas": _replicas,
     "nested data": _nested,
     "users' tensors": _users_tensors,
+    "parameter hooks": _parameter_hooks,
     "dropout apart": lambda _: _dropout({}, masks_of_parts_differ),
     "dropout alike": lambda _: _dropout({"sequence_parallel": False}, masks_of_replicas_agree),
 }

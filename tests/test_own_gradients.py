@@ -65,6 +65,8 @@ def _where(stage: int, named: dict[str, Any], by_hand: bool = False) -> tuple[in
         assert parameter.grad is not None
         made.append(parameter.grad.detach())
 
+    look.takes_parts = True  # type: ignore[attr-defined]
+
     # Ours run first: DeepSpeed's hook on the same parameter comes after, and may put another tensor there.
     for parameter in engine.module.parameters():
         hooks = parameter._post_accumulate_grad_hooks or {}

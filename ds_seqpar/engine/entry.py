@@ -17,6 +17,7 @@ from torch import nn
 from ..adapters import refuse_partitioned
 from ..checkpoint.resume import load_checkpoint, save_checkpoint
 from ..checks.failures import explained
+from ..checks.optimizers import check_named, check_optimizer
 from ..config import KEY, SeqParConfig
 from ..errors import ConfigError
 from ..hf import require_model
@@ -61,15 +62,26 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     trains = given.get("optimizer") is not None or "optimizer" in ds_config
     translated = translate(ds_config, config, trains)
     require_model(given.get("model"))
+    remark = _check_optimizer(given.get("optimizer"), ds_config, config.tp_size) if config.tp_size > 1 else ""
     stage = section(ds_config, "zero_optimization").get("stage", 0)
     refuse_partitioned(given["model"], stage)
     report = sharded_before(given["model"], config) or shard(given["model"], config)
+    if remark:
+        report.remark_later(remark)
     if stage == 3:
         fetch_experts_as_one(given["model"])
     given.update(config=translated, config_params=None, args=without_config(given.get("args")))
     results = plain_initialize(**given)
     _finish(results[0], report, config, ds_config)
     return results  # type: ignore[no-any-return]
+
+
+def _check_optimizer(optimizer: Any, ds_config: Mapping[str, Any], tp_size: int) -> str:
+    """Raises ConfigError for an optimizer that looks at more than an element; what should be remarked where that is not known."""
+    if optimizer is None:
+        check_named(section(ds_config, "optimizer").get("type"), tp_size)
+        return ""
+    return check_optimizer(optimizer, tp_size)
 
 
 def patch() -> None:

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from ..adapters import merge_gathered, refuse_on_wrapper
+from ..checks.optimizers import watch_steps
 from ..checks.reference import Skeleton
 from ..checks.verification import Verification, batch_for, verify
 from ..config import KEY, Recompute, SeqParConfig
@@ -78,6 +79,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     if own_forward is not None:
         hf_model.forward = own_forward
     hf_model.seqpar_config = config
+    watch_steps()
     tag(model, groups)
     if model is not hf_model:
         see_through(model)

@@ -123,9 +123,12 @@ class PartialGradients:
             return
         for parameter, slot, slots in self._registered.values():
             if parameter.requires_grad and id(parameter) not in self._hooks and not self.sums_uses_of(parameter):
-                self._hooks[id(parameter)] = parameter.register_hook(
+                self._hooks[id(parameter)] = hook = parameter.register_hook(
                     lambda grad, parameter=parameter, slot=slot, slots=slots: self.total(parameter, grad, slot, slots)
                 )
+                hooks: dict[int, Any] = parameter._backward_hooks  # type: ignore[assignment]
+                for earlier in [key for key in hooks if key != hook.id]:  # the user's, which see the sum
+                    hooks[earlier] = hooks.pop(earlier)  # autograd does not see move_to_end
 
     def take_over(self, parameter: nn.Parameter) -> bool:
         """Whether `parameter` is registered; if so its module promises to use `summed(parameter)` and nothing else."""

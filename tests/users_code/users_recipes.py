@@ -284,7 +284,7 @@ def retained_gradient_of_logits_of_an_own_loss(run: Run) -> None:
     run.see("gradient", logits.grad)
 
 
-@recipe()
+@recipe(refused="call the model without labels")
 def hook_on_logits_of_the_models_loss(run: Run) -> None:
     out = run(**run.batches[0])
     out.logits.register_hook(lambda grad: grad * 0.5)
@@ -299,7 +299,7 @@ def retained_gradient_of_hidden_states(run: Run) -> None:
     run.see("gradient", out.hidden_states[1].grad)
 
 
-@recipe(ways=("loop",))
+@recipe(refused="call the model without labels", ways=("loop",))
 def gradient_of_the_models_loss_by_logits(run: Run) -> None:
     out = run(**run.batches[0])
     (grad,) = torch.autograd.grad(out.loss, out.logits, retain_graph=True)
@@ -400,10 +400,15 @@ def parameter_hook_from_before(run: Run) -> None:
     run.backward(run(**run.batches[0]).loss)
 
 
-@recipe(ways=("loop",))
+def _halve(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(0.5)
+
+
+@recipe(refused="register_hook, which is shown the whole gradient", ways=("loop",))
 def hook_behind_the_accumulation(run: Run) -> None:
     for parameter in _trained(run.model):
-        parameter.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))
+        parameter.register_post_accumulate_grad_hook(_halve)
     run.backward(run(**run.batches[0]).loss)
 
 
@@ -509,13 +514,13 @@ def momentum(run: Run) -> None:
     _two_steps(run)
 
 
-@recipe(ways=("loop",), optimizer=lambda parameters: torch.optim.Muon(_matrices_only(parameters), lr=1e-2))
+@recipe(refused="looks at whole parameters", ways=("loop",), optimizer=lambda parameters: torch.optim.Muon(_matrices_only(parameters), lr=1e-2))
 def muon(run: Run) -> None:
     """ZeRO itself flattens what it is given, and Muon and Adafactor want matrices: without an engine only."""
     _two_steps(run)
 
 
-@recipe(ways=("loop",), optimizer=lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2))
+@recipe(refused="looks at whole parameters", ways=("loop",), optimizer=lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2))
 def adafactor(run: Run) -> None:
     _two_steps(run)
 
@@ -539,7 +544,7 @@ def averaged_weights_for_evaluation(run: Run) -> None:
     del out
 
 
-@recipe(ways=("loop",))
+@recipe(refused="read them before", ways=("loop",))
 def logits_read_while_averaged_weights_are_in(run: Run) -> None:
     logits = run(**_inputs(run.batches[0])).logits
     with torch.no_grad():
@@ -548,7 +553,7 @@ def logits_read_while_averaged_weights_are_in(run: Run) -> None:
     run.see("logits", logits)
 
 
-@recipe(ways=("loop",))
+@recipe(refused="read them before", ways=("loop",))
 def logits_read_after_load_state_dict(run: Run) -> None:
     with torch.no_grad():
         logits = run(**_inputs(run.batches[0])).logits
@@ -556,7 +561,7 @@ def logits_read_after_load_state_dict(run: Run) -> None:
     run.see("logits", logits)
 
 
-@recipe(ways=("loop",))
+@recipe(refused="read them before", ways=("loop",))
 def logits_read_after_the_step(run: Run) -> None:
     out = run(**run.batches[0])
     run.backward(out.loss)
@@ -574,7 +579,7 @@ def hidden_states_read_after_the_step(run: Run) -> None:
     run.backward(run(**run.batches[1]).loss)
 
 
-@recipe(ways=("loop",))
+@recipe(refused="build the second model from the checkpoint", ways=("loop",))
 def averaged_copy(run: Run) -> None:
     averaged = torch.optim.swa_utils.AveragedModel(run.model)
     averaged.update_parameters(run.model)
@@ -638,7 +643,7 @@ def soft_prompt(run: Run) -> None:
     run.see("prompt", prompt.grad)
 
 
-@recipe(ways=("loop",), kinds=("llama", "gpt_neox", "lora"))
+@recipe(refused="give what is trained as inputs_embeds", ways=("loop",), kinds=("llama", "gpt_neox", "lora"))
 def trained_prefix_of_keys_and_values(run: Run) -> None:
     from transformers import DynamicCache
 
