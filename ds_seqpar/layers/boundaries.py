@@ -170,7 +170,7 @@ class ShardedBlock:
         finally:
             state.in_block, state.block_forked, state.sums_rows_later = outer, False, False
             state.block_left = False
-        state.apart |= handle.unused()  # such as the keys of a cross-attention
+        state.found_apart |= handle.unused()  # such as the keys of a cross-attention
         return output
 
 

@@ -130,6 +130,7 @@ class ShardingState:
     apart: frozenset[int] = (
         frozenset()
     )  # ids of column-parallel linears that their block feeds with something else than its input
+    found_apart: frozenset[int] = frozenset()  # those of the forwards so far; a forward begins with what was found before it
     materialised: Counter[str] = field(default_factory=Counter)
     early: EarlyGatherings = field(default_factory=EarlyGatherings)
     entries: dict[int, ParameterEntry] = field(
@@ -151,6 +152,8 @@ class ShardingState:
         without gradients, single-token decoding runs as plain tensor parallelism.
         """
         self.early.let_go()
+        if torch._C._current_graph_task_id() == -1:  # a checkpoint of the user's repeats the forward within backward
+            self.apart = self.found_apart
         cut = self.sequence_parallel and (torch.is_grad_enabled() or seq > 1)
         return TokenRegion(
             batch, seq, cut, self.groups, self.exchange,

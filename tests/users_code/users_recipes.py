@@ -465,7 +465,7 @@ def gradients_clipped_by_norm(run: Run) -> None:
 @recipe(ways=("loop",))
 def gradients_clipped_by_the_largest(run: Run) -> None:
     run.backward(run(**run.batches[0]).loss)
-    run.see("norm", torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.01, norm_type=float("inf")))
+    run.see("norm", torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.1, norm_type=float("inf")))
 
 
 @recipe(ways=("loop",))
@@ -478,14 +478,6 @@ def norm_of_the_gradients(run: Run) -> None:
 def gradients_clipped_by_value(run: Run) -> None:
     run.backward(run(**run.batches[0]).loss)
     torch.nn.utils.clip_grad_value_(run.model.parameters(), 1e-3)
-
-
-@recipe(ways=("loop",))
-def gradient_penalty(run: Run) -> None:
-    loss = run(**run.batches[0]).loss
-    parameters = [p for p in _trained(run.model) if p.dim() == 2][:2]
-    grads = torch.autograd.grad(loss, parameters, create_graph=True)
-    run.backward(loss + sum(g.pow(2).sum() for g in grads))
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------
@@ -514,7 +506,11 @@ def momentum(run: Run) -> None:
     _two_steps(run)
 
 
-@recipe(refused="looks at whole parameters", ways=("loop",), optimizer=lambda parameters: torch.optim.Muon(_matrices_only(parameters), lr=1e-2))
+@recipe(
+    refused="looks at whole parameters",
+    ways=("loop",),
+    optimizer=lambda parameters: torch.optim.Muon(_matrices_only(parameters), lr=1e-2),
+)
 def muon(run: Run) -> None:
     """ZeRO itself flattens what it is given, and Muon and Adafactor want matrices: without an engine only."""
     _two_steps(run)
