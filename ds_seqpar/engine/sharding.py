@@ -20,10 +20,11 @@ from ..config import KEY, Recompute, SeqParConfig
 from ..errors import ConfigError, PlanError
 from ..groups import limit_waiting
 from ..hf import causal_lm_loss, describe, enable_full_recompute, leave_hub_kernels, require_model, uses_sdpa
-from ..inject import PartlyLoaded, inject, report_of, see_through
+from ..inject import inject, report_of, see_through
 from ..layers.attention import LEAST_TOKENS_FOR_CUDNN, prefers_cudnn
 from ..layers.loss import CausalLMLoss
 from ..plan.report import Report
+from ..planning import PartlyLoaded
 from .process_groups import data_parallel_group, tensor_parallel_groups
 from .tags import tag
 
@@ -59,7 +60,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         config.timeout_s, (groups.tp_group, groups.tp_cpu_group, groups.world_cpu_group, None, data_parallel_group())
     )
     skeleton = Skeleton(model, share=(groups.tp_rank, groups.tp_size), whole=loaded is None) if config.verify else None
-    report = inject(hf_model, facts, config, groups, already_cut=loaded is not None)
+    report = inject(hf_model, facts, config, groups, loaded=loaded)
     if kernelized:
         report.remarks.append(
             f"use_kernels is turned off for {kernelized} modules: ds_seqpar brings kernels of its own"
