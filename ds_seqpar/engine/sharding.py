@@ -17,7 +17,7 @@ from ..checks.optimizers import watch_steps
 from ..checks.reference import Skeleton
 from ..checks.verification import Verification, batch_for, verify
 from ..config import KEY, Recompute, SeqParConfig
-from ..errors import ConfigError, PlanError
+from ..errors import ConfigError, PlanError, VerificationError
 from ..groups import limit_waiting
 from ..hf import causal_lm_loss, describe, enable_full_recompute, leave_hub_kernels, require_model, uses_sdpa
 from ..inject import inject, report_of, see_through
@@ -59,7 +59,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     limit_waiting(
         config.timeout_s, (groups.tp_group, groups.tp_cpu_group, groups.world_cpu_group, None, data_parallel_group())
     )
-    skeleton = Skeleton(model, share=(groups.tp_rank, groups.tp_size), whole=loaded is None) if config.verify else None
+    skeleton = Skeleton(model, share=(groups.tp_rank, groups.tp_size), whole=loaded is None) if config.verifies else None
     report = inject(hf_model, facts, config, groups, loaded=loaded)
     if kernelized:
         report.remarks.append(
@@ -89,8 +89,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     if comm.get_rank() == 0:
         _logger().info("%s", report)
     if skeleton is not None:
-        verification = verified(model, skeleton)
-        verification.require()
+        verification = _verified_or_refused(model, skeleton, config)
         if comm.get_rank() == 0:
             _logger().info("%s", verification)
     return report
@@ -102,6 +101,25 @@ def verified(model: nn.Module, skeleton: Skeleton, seq: int = VERIFY_SEQ) -> Ver
     if dist.get_backend(inner.seqpar.groups.tp_group) != "gloo":
         model.to(get_accelerator().current_device_name())
     return verify(model, inner, skeleton, batch_for(inner, inner.seqpar.groups.tp_size, seq))
+
+
+def _verified_or_refused(model: nn.Module, skeleton: Skeleton, config: SeqParConfig) -> Verification:
+    """A verification that passed. Raises VerificationError, which tells of the user's own plan if there is one."""
+    if not config.plan:
+        verification = verified(model, skeleton)
+        verification.require()
+        return verification
+    try:
+        verification = verified(model, skeleton)
+        verification.require()
+    except Exception as problem:  # whatever the model's code says of shapes that it did not expect
+        own = "" if isinstance(problem, VerificationError) else f"{type(problem).__name__}: "
+        raise VerificationError(
+            f'with the "plan" {dict(config.plan)} of the {KEY} key the sharded model is not the unsharded one, or cannot be compared '
+            f"with it. {own}{problem}\nA packed weight needs the roles of its sections after a colon, such as "
+            f'"packed_colwise:q,kv,kv"; a block can be planned as "whole"; "verify": false in the key trains without this comparison'
+        ) from problem
+    return verification
 
 
 def _own_forward(model: nn.Module) -> Callable[..., Any] | None:
