@@ -60,7 +60,7 @@ from .plan.patterns import matches_in
 from .plan.report import Entry, ParameterEntry, Report
 from .plan.styles import BlockKind, Style
 from .plan.wrappers import adapter_layer, inner_model_path, is_foreign, places, runs_copies
-from .planning import PartlyLoaded, cuts_of, parts_of, plan_of
+from .planning import PartlyLoaded, cuts_of, forget_whole_shape, parts_of, plan_of
 from .preconditions import (
     check_modules,
     holds,
@@ -126,6 +126,8 @@ def inject(
         guard=InputGuard(groups),
         materialised=report.materialised,
     )
+    for parameter in model.parameters() if loaded is not None else ():
+        forget_whole_shape(parameter)
     _Injection(model, facts, plan, state, report, parts).run()
     entries = report.parameters()
     for name, parameter in model.named_parameters(remove_duplicate=False):

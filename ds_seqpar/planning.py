@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from .errors import PlanError
@@ -17,7 +18,7 @@ from .plan.resolve import resolve
 from .plan.styles import Style
 from .plan.wrappers import places, unwrapped
 
-__all__ = ["PartlyLoaded", "cuts_of", "parts_of", "plan_of"]
+__all__ = ["PartlyLoaded", "cuts_of", "forget_whole_shape", "mark_whole_shape", "parts_of", "plan_of"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class PartlyLoaded:
     tp_size: int
     cuts: Mapping[str, Cut]
     users: Mapping[str, str] = field(default_factory=dict)  # the plan in the key with which it was loaded
+
+    def require_modules(self, modules: Collection[str]) -> None:
+        """Raises PlanError unless the model has the modules with parameters that it had at loading; adapters around them are none."""
+        for name in dict.fromkeys([*self.facts.modules, *modules]):
+            if name not in modules or name not in self.facts.modules:
+                done = "added" if name in modules else "taken out"
+                raise PlanError(
+                    f"{name} was {done} after the model was loaded in parts; do so with a model that is loaded whole, or save what comes "
+                    "of it with transformers alone and load that"
+                )
 
     def require(self, cuts: Mapping[str, Cut], users: Mapping[str, str]) -> None:
         """Raises PlanError unless what was cut at loading is what the plan now says."""
@@ -66,6 +77,21 @@ def parts_of(model: nn.Module, cuts: Mapping[str, Cut]) -> Iterator[tuple[str, n
         module, _, key = name.rpartition(".")
         for path, place in places(model.get_submodule(module)).items():
             yield f"{module}{path}.{key}", place.get_parameter(key), cut
+
+
+def mark_whole_shape(parameter: nn.Parameter, cut: Cut) -> None:
+    """Tells who makes adapters how large a parameter is that was loaded in part.
+
+    The name is DeepSpeed's for one that ZeRO-3 partitioned; PEFT sizes its factors by it where a module's own attributes do not say.
+    """
+    shape = list(parameter.shape)
+    shape[cut.dim] = cut.size
+    parameter.ds_shape = torch.Size(shape)  # type: ignore[attr-defined]
+
+
+def forget_whole_shape(parameter: nn.Parameter) -> None:
+    """For ZeRO-3, which means something else by it."""
+    vars(parameter).pop("ds_shape", None)
 
 
 def _holds(block: str, name: str) -> bool:

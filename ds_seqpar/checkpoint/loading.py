@@ -16,7 +16,7 @@ from ..errors import CheckpointError, PlanError
 from ..groups import ParallelGroups
 from ..hf import auto_from_pretrained, describe, loading_parts
 from ..plan.cuts import Cut
-from ..planning import PartlyLoaded, cuts_of, plan_of
+from ..planning import PartlyLoaded, cuts_of, mark_whole_shape, plan_of
 from .files import LazyTensor, MergedTensor, lazy_tensors
 from .gathering import part_of
 
@@ -85,8 +85,12 @@ class _Parts:
                 shape[cut.dim] = cut.local_size(self._rank)
                 parameter.data = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
         model.seqpar_loaded = PartlyLoaded(facts, groups.tp_size, self._cuts, users)
-        for call in ("save_pretrained", "resize_token_embeddings"):
-            vars(model)[call] = _refusal(call)
+        for call, way_out in REFUSED.items():
+            vars(model)[call] = _refusal(call, way_out)
+
+    def loaded(self, model: Any) -> None:
+        for name, cut in self._cuts.items():
+            mark_whole_shape(model.get_parameter(name), cut)
 
     @property
     def tensors(self) -> dict[str, LazyTensor | MergedTensor]:
@@ -120,10 +124,18 @@ class _Parts:
         return part_of(value.detach(), cut, self._rank)  # what transformers converted arrives whole
 
 
-def _refusal(call: str) -> Any:
+REFUSED = {
+    "save_pretrained": "call deepspeed.initialize first",
+    "resize_token_embeddings": (
+        "make a checkpoint of the new size first, with transformers alone in one process: from_pretrained, resize_token_embeddings, "
+        "save_pretrained; then load that in parts"
+    ),
+}
+"""Calls that would take this rank's part for the model -> what to do."""
+
+
+def _refusal(call: str, way_out: str) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise PlanError(
-            f"{call}: this model holds one rank's part and is not sharded yet; call deepspeed.initialize first"
-        )
+        raise PlanError(f"{call}: this model holds one rank's part and is not sharded yet; {way_out}")
 
     return refuse

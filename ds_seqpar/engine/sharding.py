@@ -51,7 +51,10 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         raise ConfigError(
             f'the model was loaded for tp_size {loaded.tp_size}, but "{KEY}.tp_size" is {config.tp_size}; load it with this config'
         )
-    facts = loaded.facts if loaded is not None else describe(hf_model)
+    facts = describe(hf_model)
+    if loaded is not None:
+        loaded.require_modules(facts.modules)
+        facts = loaded.facts
     loss = causal_lm_loss(hf_model)
     own_forward = _own_forward(hf_model)  # before anything is touched; inject takes it off
     groups = tensor_parallel_groups(config.tp_size)
