@@ -85,8 +85,8 @@ def _require_whole_factors(
         if rest < 1 or each:
             raise PlanError(
                 f"{name}: a factor of adapter {adapter!r} has shape {list(factor.shape)}, but the whole one has {cut.size} in dimension "
-                f"{cut.dim}. An adapter whose first values are made of the weights (PiSSA, OLoRA, LoftQ, CorDA) must be put on a model that "
-                "is loaded whole"
+                f"{cut.dim}. An adapter whose first values are made of the weights (PiSSA, OLoRA, LoftQ, CorDA) must be put on a model "
+                "that is loaded whole"
             )
 
 
