@@ -65,6 +65,29 @@ def check_adapters(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None
                 raise PlanError(
                     f"{name} ({place}) carries an adapter; leave it out of the adapter's target_modules{instead}"
                 )
+            if planned is not None and style is not None:
+                _require_whole_factors(name, outer, layer, style, planned.cuts)
+
+
+def _require_whole_factors(
+    name: str, outer: nn.Module, layer: AdapterLayer, style: Style, cuts: Mapping[str, Cut]
+) -> None:
+    """Raises PlanError for a factor that was made of this rank's part of a weight, not of the whole one."""
+    if layer.lookup:
+        cut = Cut(1, cuts["weight"].size, cuts["weight"].ranges)
+        factors = [(key, factor, cut) for key, factor in getattr(outer, layer.lookup).items()]
+    else:
+        of_both = zip((layer.down, layer.up), _factor_cuts(outer, layer, style, cuts), strict=True)
+        found = [(attribute, cut) for attribute, cut in of_both if cut is not None]
+        factors = [(key, f.weight, cut) for attribute, cut in found for key, f in getattr(outer, attribute).items()]
+    for adapter, factor, cut in factors:
+        rest, each = divmod(factor.shape[cut.dim], cut.size)  # of a stack of experts a factor holds all
+        if rest < 1 or each:
+            raise PlanError(
+                f"{name}: a factor of adapter {adapter!r} has shape {list(factor.shape)}, but the whole one has {cut.size} in dimension "
+                f"{cut.dim}. An adapter whose first values are made of the weights (PiSSA, OLoRA, LoftQ, CorDA) must be put on a model "
+                "that is loaded whole"
+            )
 
 
 def refuse_partitioned(model: nn.Module, zero_stage: object) -> None:

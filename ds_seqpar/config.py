@@ -39,11 +39,16 @@ class SeqParConfig:
     recompute: Recompute = Recompute.NONE
     loss_chunk_tokens: int = 4096
     overlap: Overlap = Overlap.AUTO
-    verify: bool = False
+    verify: bool | None = None  # None: a model with a plan of the user's is verified, any other is not
     replica_check_interval: int = 0
     timeout_s: int = 0
     memory_check: bool = True
     plan: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether a small batch is compared with the unsharded model before training."""
+        return bool(self.plan) if self.verify is None else self.verify
 
     @classmethod
     def from_json(cls, section: object) -> SeqParConfig:

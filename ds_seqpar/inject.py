@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -59,9 +58,9 @@ from .plan.facts import ModelFacts
 from .plan.model_plan import BlockPlan, ModelPlan
 from .plan.patterns import matches_in
 from .plan.report import Entry, ParameterEntry, Report
-from .plan.resolve import resolve
 from .plan.styles import BlockKind, Style
 from .plan.wrappers import adapter_layer, inner_model_path, is_foreign, places, runs_copies
+from .planning import PartlyLoaded, cuts_of, forget_whole_shape, parts_of, plan_of
 from .preconditions import (
     check_modules,
     holds,
@@ -72,25 +71,11 @@ from .preconditions import (
     width_of,
 )
 
-__all__ = ["PartlyLoaded", "inject", "planned_cuts", "report_of", "see_through"]
+__all__ = ["inject", "report_of", "see_through"]
 
 QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 """Attributes of an attention module from which its own code takes the number of heads it views its projections as."""
-
-
-@dataclass(frozen=True)
-class PartlyLoaded:
-    """A mark on a model whose cut parameters were loaded in part: what it was when it was whole."""
-
-    facts: ModelFacts
-    tp_size: int
-
-
-def planned_cuts(facts: ModelFacts, tp_size: int) -> dict[str, Cut]:
-    """Full parameter name -> cut, of what `inject` will cut."""
-    plan = resolve(facts, family(facts.data_file), tp_size)
-    return {f"{name}.{key}": cut for name, module in plan.modules.items() for key, cut in module.cuts.items()}
 
 
 def inject(
@@ -99,7 +84,7 @@ def inject(
     config: SeqParConfig,
     groups: ParallelGroups,
     *,
-    already_cut: bool = False,
+    loaded: PartlyLoaded | None = None,
     has_values: bool = True,
 ) -> Report:
     """Shards `model` over `groups.tp_group` in place; every nn.Parameter stays the object it is and holds this rank's part.
@@ -107,7 +92,7 @@ def inject(
     Args:
         model: a Hugging Face model, whole and equal on every rank, before any forward and any wrapper.
         facts: `hf.describe(model)`.
-        already_cut: the cut parameters hold this rank's part already; `facts` is of the whole model.
+        loaded: of a model that was loaded in parts, whose cut parameters hold this rank's already; `facts` is of the whole model.
         has_values: False for a model that is only planned with, whose parameters are fake tensors: nothing can be compared.
 
     Returns:
@@ -120,12 +105,15 @@ def inject(
         refuse_unfit(model)
         if groups.tp_size > 1:
             refuse_post_hooks(model)
-    plan = resolve(facts, family(facts.data_file), groups.tp_size, config.plan)
+    plan = plan_of(model, facts, groups.tp_size, config.plan)
+    parts: set[int] = set()
+    if loaded is not None:
+        loaded.require(cuts_of(plan), config.plan)
+        require_parts(model, loaded, groups.tp_rank)
+        parts = {id(parameter) for _, parameter, _ in parts_of(model, loaded.cuts)}
     check_modules(model, facts, plan)
-    if already_cut:
-        require_parts(model, planned_cuts(facts, groups.tp_size), groups.tp_rank)
     if has_values:
-        refuse_different_weights(model, groups, set(planned_cuts(facts, groups.tp_size)) if already_cut else set())
+        refuse_different_weights(model, groups, parts)
     report = Report(facts.model_type, groups.tp_size, groups.tp_rank, config.sequence_parallel)
     state = ShardingState(
         groups=groups,
@@ -138,7 +126,9 @@ def inject(
         guard=InputGuard(groups),
         materialised=report.materialised,
     )
-    _Injection(model, facts, plan, state, report, already_cut).run()
+    for parameter in model.parameters() if loaded is not None else ():
+        forget_whole_shape(parameter)
+    _Injection(model, facts, plan, state, report, parts).run()
     entries = report.parameters()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         state.entries[id(parameter)] = entries[name]
@@ -197,11 +187,11 @@ class _Injection:
         plan: ModelPlan,
         state: ShardingState,
         report: Report,
-        already_cut: bool,
+        parts: set[int],
     ) -> None:
         self.model, self.facts, self.plan, self.state = model, facts, plan, state
         self.entries, self.remarks = report.entries, report.remarks
-        self._cut_already: set[int] = {id(p) for p in model.parameters()} if already_cut else set()
+        self._cut_already = set(parts)
         self._armed: set[int] = set()
         self._by_hook: set[int] = set()  # parameters that some module relies on being summed whoever uses them
         self.fused: Counter[str] = Counter()

@@ -12,15 +12,14 @@ from .adapters import check_adapters
 from .errors import PlanError
 from .families import family
 from .groups import ParallelGroups
-from .layers.norm import rms_norm_epsilon
 from .layers.tokenwise import is_tokenwise
-from .plan.cuts import Cut
 from .plan.facts import ModelFacts
 from .plan.model_plan import ModelPlan
 from .plan.patterns import matches_in
 from .plan.styles import BlockKind, Style
 from .plan.words import data_file_of
 from .plan.wrappers import unwrapped
+from .planning import PartlyLoaded, parts_of
 
 __all__ = [
     "check_modules", "holds", "module_at", "refuse_different_weights", "refuse_unfit", "require_parts", "width_of",
@@ -51,17 +50,19 @@ def refuse_unfit(model: nn.Module) -> None:
             )
 
 
-def require_parts(model: nn.Module, cuts: dict[str, Cut], rank: int) -> None:
+def require_parts(model: nn.Module, loaded: PartlyLoaded, rank: int) -> None:
     """Raises PlanError if a model that was loaded in part does not hold the parts any more."""
-    for name, cut in cuts.items():
-        shape = model.get_parameter(name).shape
-        if shape[cut.dim] != cut.local_size(rank):
-            raise PlanError(f"{name} was changed after it was loaded in part: its shape is {list(shape)}")
+    for name, parameter, cut in parts_of(model, loaded.cuts):
+        if parameter.shape[cut.dim] != cut.local_size(rank):
+            raise PlanError(f"{name} was changed after it was loaded in part: its shape is {list(parameter.shape)}")
 
 
-def refuse_different_weights(model: nn.Module, groups: ParallelGroups, parts: set[str]) -> None:
-    """Ranks that built the model from different seeds would train replicas that never agree. Collective over the group."""
-    sums = {name: _checksum(p) for name, p in model.named_parameters() if name not in parts}
+def refuse_different_weights(model: nn.Module, groups: ParallelGroups, parts: set[int]) -> None:
+    """Ranks that built the model from different seeds would train replicas that never agree. Collective over the group.
+
+    `parts`: ids of the parameters of which each rank holds its own part.
+    """
+    sums = {name: _checksum(p) for name, p in model.named_parameters() if id(p) not in parts}
     mine = torch.tensor(list(sums.values()), dtype=torch.int64)
     everyone = [torch.empty_like(mine) for _ in range(groups.tp_size)]
     dist.all_gather(everyone, mine, group=groups.tp_cpu_group)
@@ -88,7 +89,7 @@ def _checksum(parameter: Tensor) -> int:
 
 
 def check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
-    """What needs the modules themselves to be checked, and must be before any is touched. Decides the undecided blocks."""
+    """What needs the modules themselves to be checked, and must be before any is touched. Decides the undecided blocks; cuts none."""
     proven = set(plan.asserted)
     for block in plan.blocks.values():
         if block.kind is BlockKind.UNDECIDED:
@@ -123,12 +124,6 @@ def check_modules(model: nn.Module, facts: ModelFacts, plan: ModelPlan) -> None:
             )
     _refuse_replaced_forwards(model, plan)
     check_adapters(model, facts, plan)
-    for name, planned in list(plan.modules.items()):
-        if planned.style is Style.CUT_NORM and rms_norm_epsilon(module_at(model, name)) is None:
-            around = next(b for b in plan.blocks if holds(b, name))
-            why = f"{name} ({facts.modules[name].type_name}) is a norm over all heads but no plain RMS norm"
-            plan.repeat_whole(around, [m for m in facts.modules if holds(around, m)], why)
-            plan.remarks.append(f"{around} is repeated whole by every rank: {why}")
     for name in filter(None, (facts.embedding, *facts.more_embeddings)):
         embedding = module_at(model, name)
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):

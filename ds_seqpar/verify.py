@@ -20,7 +20,7 @@ import torch
 
 from .checkpoint.loading import loading
 from .checks.reference import Skeleton
-from .config import KEY, SeqParConfig
+from .config import KEY
 from .engine import groups_of, shard, verified
 from .errors import ConfigError, SeqParError
 from .hf import auto_from_pretrained, saved_class
@@ -73,10 +73,10 @@ def _run(options: argparse.Namespace) -> bool:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     world = int(os.environ["WORLD_SIZE"])
     ds_config = _ds_config(options.config, world)
-    groups = groups_of({"train_micro_batch_size_per_gpu": 1, KEY: ds_config[KEY]})
-    if groups is None:
+    found = groups_of({"train_micro_batch_size_per_gpu": 1, KEY: ds_config[KEY]})
+    if found is None:
         raise ConfigError(f'"{KEY}.enabled" is false in {options.config}: there is nothing to verify')
-    config = dataclasses.replace(SeqParConfig.from_json(ds_config[KEY]), verify=False)
+    groups, config = found[0], dataclasses.replace(found[1], verify=False)
     load: dict[str, Any] = {"dtype": _dtype(options.dtype, ds_config)}
     model_class = saved_class(options.model)
     if options.parts:

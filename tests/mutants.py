@@ -174,7 +174,7 @@ def _crossed(*ends: str) -> Patch:
 
         return crossed
 
-    return _swap(inject, "resolve", make)
+    return _swap(inject, "plan_of", make)
 
 
 def _untied(run: Any) -> Any:

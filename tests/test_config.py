@@ -13,7 +13,7 @@ from ds_seqpar import ConfigError, SeqParConfig
 from ds_seqpar.config import Overlap, Recompute
 
 DEFAULTS = dict(
-    enabled=True, sequence_parallel=True, recompute=Recompute.NONE, loss_chunk_tokens=4096, overlap=Overlap.AUTO, verify=False,
+    enabled=True, sequence_parallel=True, recompute=Recompute.NONE, loss_chunk_tokens=4096, overlap=Overlap.AUTO, verify=None,
     replica_check_interval=0, timeout_s=0, memory_check=True, plan={},
 )  # fmt: skip
 VALID: dict[str, list[Any]] = {

@@ -15,8 +15,8 @@ from ..engine import groups_of
 from ..errors import CheckpointError, PlanError
 from ..groups import ParallelGroups
 from ..hf import auto_from_pretrained, describe, loading_parts
-from ..inject import PartlyLoaded, planned_cuts
 from ..plan.cuts import Cut
+from ..planning import PartlyLoaded, cuts_of, mark_whole_shape, plan_of
 from .files import LazyTensor, MergedTensor, lazy_tensors
 from .gathering import part_of
 
@@ -51,13 +51,14 @@ def from_pretrained(
 @contextmanager
 def loading(config: Mapping[str, Any] | str | os.PathLike[str]) -> Iterator[None]:
     """Inside it every `from_pretrained` of transformers loads as `ds_seqpar.from_pretrained` does. On all ranks."""
-    groups = groups_of(config)
-    if groups is None:
+    found = groups_of(config)
+    if found is None:
         yield
         return
+    groups, users = found[0], found[1].plan
 
     def prepare(model: Any, files: list[str]) -> _Parts:
-        return _Parts(model, files, groups)
+        return _Parts(model, files, groups, users)
 
     with loading_parts(prepare):
         yield
@@ -66,9 +67,9 @@ def loading(config: Mapping[str, Any] | str | os.PathLike[str]) -> Iterator[None
 class _Parts:
     """What one rank reads of one checkpoint. Gives the model's parameters, on the meta device, their local shapes."""
 
-    def __init__(self, model: Any, files: list[str], groups: ParallelGroups) -> None:
+    def __init__(self, model: Any, files: list[str], groups: ParallelGroups, users: Mapping[str, str]) -> None:
         facts = describe(model)
-        self._cuts: dict[str, Cut] = planned_cuts(facts, groups.tp_size)
+        self._cuts: dict[str, Cut] = cuts_of(plan_of(model, facts, groups.tp_size, users))
         self._rank = groups.tp_rank
         self._placed: set[str] = set()
         self.cut_names = set(self._cuts)
@@ -83,9 +84,13 @@ class _Parts:
                 shape = list(parameter.shape)
                 shape[cut.dim] = cut.local_size(self._rank)
                 parameter.data = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-        model.seqpar_loaded = PartlyLoaded(facts, groups.tp_size)
-        for call in ("save_pretrained", "resize_token_embeddings"):
-            vars(model)[call] = _refusal(call)
+        model.seqpar_loaded = PartlyLoaded(facts, groups.tp_size, self._cuts, users)
+        for call, way_out in REFUSED.items():
+            vars(model)[call] = _refusal(call, way_out)
+
+    def loaded(self, model: Any) -> None:
+        for name, cut in self._cuts.items():
+            mark_whole_shape(model.get_parameter(name), cut)
 
     @property
     def tensors(self) -> dict[str, LazyTensor | MergedTensor]:
@@ -119,10 +124,18 @@ class _Parts:
         return part_of(value.detach(), cut, self._rank)  # what transformers converted arrives whole
 
 
-def _refusal(call: str) -> Any:
+REFUSED = {
+    "save_pretrained": "call deepspeed.initialize first",
+    "resize_token_embeddings": (
+        "make a checkpoint of the new size first, with transformers alone in one process: from_pretrained, resize_token_embeddings, "
+        "save_pretrained; then load that in parts"
+    ),
+}
+"""Calls that would take this rank's part for the model -> what to do."""
+
+
+def _refusal(call: str, way_out: str) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise PlanError(
-            f"{call}: this model holds one rank's part and is not sharded yet; call deepspeed.initialize first"
-        )
+        raise PlanError(f"{call}: this model holds one rank's part and is not sharded yet; {way_out}")
 
     return refuse

@@ -29,6 +29,7 @@ from ..layers.boundaries import ShardedLayer
 from ..layers.region import ShardingState
 from ..plan.cuts import Cut, Kind
 from ..plan.report import ParameterEntry
+from ..plan.wrappers import unwrapped
 from .comparison import Rounding, checksum
 from .reference import Reference, Skeleton
 from .sharded_run import ShardedRun
@@ -135,7 +136,7 @@ def batch_for(model: Any, tp_size: int, seq: int) -> dict[str, Any]:
     special = {
         x for name, x in vars(model.config).items() if name.endswith(("token_id", "token_index")) and type(x) is int
     }
-    ordinary = [i for i in range(model.get_input_embeddings().num_embeddings) if i not in special] or [0]
+    ordinary = [i for i in range(unwrapped(model.get_input_embeddings()).num_embeddings) if i not in special] or [0]
     ids = torch.tensor(ordinary)[torch.randint(0, len(ordinary), (rows, seq), generator=generator)]
     mask = torch.ones_like(ids)
     mask[-1, seq - 2 :] = 0

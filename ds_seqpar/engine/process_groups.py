@@ -19,8 +19,8 @@ from .arguments import ds_config_of, translate
 __all__ = ["data_parallel_group", "groups_of", "tensor_parallel_groups"]
 
 
-def groups_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> ParallelGroups | None:
-    """The groups that a DeepSpeed config asks for, made if need be; None if it does not hold the key, or disables it."""
+def groups_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[ParallelGroups, SeqParConfig] | None:
+    """The groups that a DeepSpeed config asks for, made if need be, and its key; None if it does not hold it, or disables it."""
     ds_config = ds_config_of({"config": dict(config) if isinstance(config, Mapping) else os.fspath(config)})
     if ds_config is None or KEY not in ds_config:
         return None
@@ -30,7 +30,7 @@ def groups_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> ParallelGro
     if not comm.is_initialized():
         comm.init_distributed(dist_backend=get_accelerator().communication_backend_name())
     translate(ds_config, section)
-    return tensor_parallel_groups(section.tp_size)
+    return tensor_parallel_groups(section.tp_size), section
 
 
 def tensor_parallel_groups(tp_size: int) -> ParallelGroups:

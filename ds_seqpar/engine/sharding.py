@@ -17,13 +17,14 @@ from ..checks.optimizers import watch_steps
 from ..checks.reference import Skeleton
 from ..checks.verification import Verification, batch_for, verify
 from ..config import KEY, Recompute, SeqParConfig
-from ..errors import ConfigError, PlanError
+from ..errors import ConfigError, PlanError, VerificationError
 from ..groups import limit_waiting
 from ..hf import causal_lm_loss, describe, enable_full_recompute, leave_hub_kernels, require_model, uses_sdpa
-from ..inject import PartlyLoaded, inject, report_of, see_through
+from ..inject import inject, report_of, see_through
 from ..layers.attention import LEAST_TOKENS_FOR_CUDNN, prefers_cudnn
 from ..layers.loss import CausalLMLoss
 from ..plan.report import Report
+from ..planning import PartlyLoaded
 from .process_groups import data_parallel_group, tensor_parallel_groups
 from .tags import tag
 
@@ -50,7 +51,10 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
         raise ConfigError(
             f'the model was loaded for tp_size {loaded.tp_size}, but "{KEY}.tp_size" is {config.tp_size}; load it with this config'
         )
-    facts = loaded.facts if loaded is not None else describe(hf_model)
+    facts = describe(hf_model)
+    if loaded is not None:
+        loaded.require_modules(facts.modules)
+        facts = loaded.facts
     loss = causal_lm_loss(hf_model)
     own_forward = _own_forward(hf_model)  # before anything is touched; inject takes it off
     groups = tensor_parallel_groups(config.tp_size)
@@ -58,8 +62,8 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     limit_waiting(
         config.timeout_s, (groups.tp_group, groups.tp_cpu_group, groups.world_cpu_group, None, data_parallel_group())
     )
-    skeleton = Skeleton(model, share=(groups.tp_rank, groups.tp_size), whole=loaded is None) if config.verify else None
-    report = inject(hf_model, facts, config, groups, already_cut=loaded is not None)
+    skeleton = Skeleton(model, share=(groups.tp_rank, groups.tp_size), whole=loaded is None) if config.verifies else None
+    report = inject(hf_model, facts, config, groups, loaded=loaded)
     if kernelized:
         report.remarks.append(
             f"use_kernels is turned off for {kernelized} modules: ds_seqpar brings kernels of its own"
@@ -88,8 +92,7 @@ def shard(model: nn.Module, config: SeqParConfig | Mapping[str, Any]) -> Report:
     if comm.get_rank() == 0:
         _logger().info("%s", report)
     if skeleton is not None:
-        verification = verified(model, skeleton)
-        verification.require()
+        verification = _verified_or_refused(model, skeleton, config)
         if comm.get_rank() == 0:
             _logger().info("%s", verification)
     return report
@@ -101,6 +104,25 @@ def verified(model: nn.Module, skeleton: Skeleton, seq: int = VERIFY_SEQ) -> Ver
     if dist.get_backend(inner.seqpar.groups.tp_group) != "gloo":
         model.to(get_accelerator().current_device_name())
     return verify(model, inner, skeleton, batch_for(inner, inner.seqpar.groups.tp_size, seq))
+
+
+def _verified_or_refused(model: nn.Module, skeleton: Skeleton, config: SeqParConfig) -> Verification:
+    """A verification that passed. Raises VerificationError, which tells of the user's own plan if there is one."""
+    if not config.plan:
+        verification = verified(model, skeleton)
+        verification.require()
+        return verification
+    try:
+        verification = verified(model, skeleton)
+        verification.require()
+    except Exception as problem:  # whatever the model's code says of shapes that it did not expect
+        own = "" if isinstance(problem, VerificationError) else f"{type(problem).__name__}: "
+        raise VerificationError(
+            f'with the "plan" {dict(config.plan)} of the {KEY} key the sharded model is not the unsharded one, or cannot be compared '
+            f"with it. {own}{problem}\nA packed weight needs the roles of its sections after a colon, such as "
+            f'"packed_colwise:q,kv,kv"; a block can be planned as "whole"; "verify": false in the key trains without this comparison'
+        ) from problem
+    return verification
 
 
 def _own_forward(model: nn.Module) -> Callable[..., Any] | None:

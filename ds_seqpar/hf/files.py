@@ -70,6 +70,7 @@ def loading_parts(prepare: Callable[[PreTrainedModel, list[str]], PartialLoad]) 
                 info, offloaded = plain_load(model, dict(partial.tensors), None, load_config, expected_keys)
         finally:
             core_model_loading.set_param_for_module = plain_set
+        partial.loaded(model)
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         lost = sorted((set(info.missing_keys) & partial.cut_names) - tied)
         wrong = sorted(str(entry) for entry in info.mismatched_keys)
@@ -147,6 +148,9 @@ class PartialLoad(Protocol):
 
     def part(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of what was read or made for a parameter."""
+
+    def loaded(self, model: PreTrainedModel) -> None:
+        """Told that the parameters of the model are what they stay."""
 
 
 def auto_from_pretrained(path: str, model_class: Any, options: dict[str, Any]) -> PreTrainedModel:

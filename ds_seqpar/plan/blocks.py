@@ -243,6 +243,12 @@ class BlockPlanner:
         module = self.facts.modules[name]
         size = module.shapes["weight"]
         of_rows = style in (Style.ROW, Style.ROW_OF_WHOLE)
+        if style is Style.PACKED_COLUMN and why == USERS and len(roles) == 1 and roles[0] is not Role.QKV:
+            raise PlanError(
+                f"{name}: 'packed_colwise' of {USERS} must say how the output is divided: the roles of its sections after a colon, such as "
+                "'packed_colwise:q,kv,kv' for [query heads; key heads; value heads], 'packed_colwise:qkv' for one group of heads after "
+                "another, or 'packed_colwise:even,even' for [gate; up]"
+            )
         if why == BY_NAME and not self._fits(block, roles, size[of_rows]):
             return False
         block.has_heads |= roles[0] is not Role.EVEN

@@ -214,7 +214,7 @@ def question_of(
     model: Any, config: SeqParConfig, ds_config: Mapping[str, Any], dp_size: int, on_gpu: bool
 ) -> dict[str, Any]:
     """Of a sharded Hugging Face model."""
-    key = {name: value for name, value in asdict(config).items() if name != "plan" or value}
+    key = {name: value for name, value in asdict(config).items() if value or name not in ("plan", "verify")}
     return {
         "config": model.config.to_json_string(use_diff=False),
         "attention": model.config._attn_implementation,
