@@ -19,6 +19,7 @@ from ..checkpoint.resume import load_checkpoint, save_checkpoint
 from ..checks.failures import explained
 from ..checks.optimizers import check_named, check_optimizer
 from ..config import KEY, SeqParConfig
+from ..deepspeed_fields import unknown_fields
 from ..errors import ConfigError
 from ..hf import require_model
 from ..inject import report_of
@@ -124,6 +125,9 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
         check.remove()  # ours compares every forward, and first
     if engine.optimizer is not None and left_in_place(ds_config, dp_size, accumulation):
         leave_gradients(engine, report.remark_later)
+    unknown = unknown_fields(ds_config, KEY)
+    if unknown:
+        report.remark_later(f'not known to be right beside "{KEY}", and not checked: {", ".join(unknown)}')
     if not waits_to_time(ds_config):
         report.remark_later(
             "DeepSpeed's throughput timer does not wait for the GPU in every step; "
@@ -147,6 +151,7 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
         return result
 
     engine.step = step
+    engine.compile = _refuse_compiling
     engine.save_checkpoint = _around(save_checkpoint, engine, engine.save_checkpoint, comm=comm)
     engine.load_checkpoint = _around(
         load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES, write=write_local, comm=comm
@@ -154,6 +159,12 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     engine.save_16bit_model = engine.save_fp16_model = _around(save_16bit_model, engine, engine.save_16bit_model)
     for call in ("forward", "backward", "step", "save_checkpoint", "load_checkpoint"):
         setattr(engine, call, explained(getattr(engine, call), call, lambda: engine.global_steps + 1, config.timeout_s))
+
+
+def _refuse_compiling(*_: Any, **__: Any) -> None:
+    raise ConfigError(
+        f'engine.compile() cannot follow the sharded layers of "{KEY}", which have kernels of their own; leave the call out'
+    )
 
 
 def _around(ours: Callable[..., Any], engine: Any, plain: Callable[..., Any], **options: Any) -> Callable[..., Any]:
