@@ -28,6 +28,7 @@ from ..plan.report import Report
 from ..translation import section, waits_to_time
 from .arguments import bound, ds_config_of, plain_initialize, translate, without_config
 from .sharding import shard, sharded_before
+from .sub_groups import even_sub_groups
 from .tags import fetch_experts_as_one
 from .watches import memory_check, replica_check
 from .weights import save_16bit_model, write_local
@@ -71,6 +72,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         report.remark_later(remark)
     if stage == 3:
         fetch_experts_as_one(given["model"])
+        even_sub_groups(given, translated, report)
     given.update(config=translated, config_params=None, args=without_config(given.get("args")))
     results = plain_initialize(**given)
     _finish(results[0], report, config, ds_config)
