@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import KEY, SeqParConfig
+from .deepspeed_fields import refusal
 from .errors import ConfigError
 
 __all__ = ["section", "translated", "waits_to_time"]
@@ -25,6 +26,9 @@ def translated(
         raise ConfigError(
             f'"{KEY}.tp_size": {t} does not divide the {world} ranks of this run; use a divisor of {world}'
         )
+    refused = refusal(ds_config, KEY)
+    if refused:
+        raise ConfigError(refused)
     theirs = section(ds_config, "tensor_parallel")
     autotp = theirs.get("autotp_size", 0)
     if autotp not in (0, 1, t):

@@ -19,6 +19,7 @@ from ..checkpoint.resume import load_checkpoint, save_checkpoint
 from ..checks.failures import explained
 from ..checks.optimizers import check_named, check_optimizer
 from ..config import KEY, SeqParConfig
+from ..deepspeed_fields import unknown_fields
 from ..errors import ConfigError
 from ..hf import require_model
 from ..inject import report_of
@@ -27,6 +28,7 @@ from ..plan.report import Report
 from ..translation import section, waits_to_time
 from .arguments import bound, ds_config_of, plain_initialize, translate, without_config
 from .sharding import shard, sharded_before
+from .sub_groups import even_sub_groups
 from .tags import fetch_experts_as_one
 from .watches import memory_check, replica_check
 from .weights import save_16bit_model, write_local
@@ -70,6 +72,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         report.remark_later(remark)
     if stage == 3:
         fetch_experts_as_one(given["model"])
+        even_sub_groups(given, translated, report)
     given.update(config=translated, config_params=None, args=without_config(given.get("args")))
     results = plain_initialize(**given)
     _finish(results[0], report, config, ds_config)
@@ -124,6 +127,9 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
         check.remove()  # ours compares every forward, and first
     if engine.optimizer is not None and left_in_place(ds_config, dp_size, accumulation):
         leave_gradients(engine, report.remark_later)
+    unknown = unknown_fields(ds_config, KEY)
+    if unknown:
+        report.remark_later(f'not known to be right beside "{KEY}", and not checked: {", ".join(unknown)}')
     if not waits_to_time(ds_config):
         report.remark_later(
             "DeepSpeed's throughput timer does not wait for the GPU in every step; "
@@ -147,6 +153,7 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
         return result
 
     engine.step = step
+    engine.compile = _refuse_compiling
     engine.save_checkpoint = _around(save_checkpoint, engine, engine.save_checkpoint, comm=comm)
     engine.load_checkpoint = _around(
         load_checkpoint, engine, engine.load_checkpoint, safe_classes=SAFE_CLASSES, write=write_local, comm=comm
@@ -154,6 +161,12 @@ def _finish(engine: Any, report: Report, config: SeqParConfig, ds_config: Mappin
     engine.save_16bit_model = engine.save_fp16_model = _around(save_16bit_model, engine, engine.save_16bit_model)
     for call in ("forward", "backward", "step", "save_checkpoint", "load_checkpoint"):
         setattr(engine, call, explained(getattr(engine, call), call, lambda: engine.global_steps + 1, config.timeout_s))
+
+
+def _refuse_compiling(*_: Any, **__: Any) -> None:
+    raise ConfigError(
+        f'engine.compile() cannot follow the sharded layers of "{KEY}", which have kernels of their own; leave the call out'
+    )
 
 
 def _around(ours: Callable[..., Any], engine: Any, plain: Callable[..., Any], **options: Any) -> Callable[..., Any]:
