@@ -26,5 +26,5 @@ logging.getLogger("ds_seqpar").setLevel(logging.WARNING)
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Tests of kernels start CUDA in this process, after which no ranks can be forked from it: they come last."""
-    items.sort(key=lambda item: "kernels" in item.path.parts)
+    """Tests of kernels and of fused optimizers start CUDA in this process, from which no ranks can be forked then: they come last."""
+    items.sort(key=lambda item: "kernels" in item.path.parts or item.path.name == "test_optimizers.py")

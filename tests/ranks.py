@@ -155,8 +155,9 @@ def _rank(
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # optional, slow to build
             deepspeed.comm.init_distributed(backend)
         result = function(*args)
-    except BaseException:
-        error = traceback.format_exc()
+    except BaseException as problem:
+        # Its frames are kept until the process ends: after a failure on a GPU, what they hold cannot be freed without an abort.
+        error, _kept = traceback.format_exc(), problem
     with open(f"{folder}/partial{rank}", "wb") as file:
         pickle.dump((result, error), file)
     os.rename(f"{folder}/partial{rank}", f"{folder}/result{rank}")

@@ -7,6 +7,7 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -286,6 +287,7 @@ def test_importing_ds_seqpar_changes_nothing_without_the_key(alone: dict[str, di
         assert plain[what] == imported[what], what
 
 
+@pytest.mark.skipif(not shutil.which("deepspeed"), reason="the deepspeed launcher is not on the PATH; install deepspeed")
 def test_the_launcher_shards_a_script_that_never_heard_of_it(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     assert "seqpar" not in SCRIPT.read_text()
     (tmp_path / "x.json").write_text(json.dumps(_config(2, zero_optimization={"stage": 1})))

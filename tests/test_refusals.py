@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 from exactness import fresh_groups
 from model_types import tiny_of
 from models import batches, device, tiny
-from ranks import run_ranks
+from ranks import ON_GPU, run_ranks
 from sharding import full_gradients, relative_error, twins
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -316,6 +317,9 @@ def test_two_models_of_one_tp_size_work_side_by_side() -> None:
     run_ranks(2, _trains_beside_another, timeout=SECONDS)
 
 
+ON_THE_CPU = pytest.mark.skipif(ON_GPU, reason="contents on a GPU are compared one forward later; run without a GPU")
+
+
 def _bad_data(rank: int, batch: dict[str, Tensor], what: str) -> dict[str, Any]:
     changed = dict(batch)
     if rank == 0 or what == "none":
@@ -374,6 +378,7 @@ def _mismatches() -> dict[str, Outcome]:
     return outcomes
 
 
+@ON_THE_CPU
 def test_data_that_differ_within_a_tensor_parallel_group_are_named_on_every_rank() -> None:
     results = run_ranks(2, _mismatches, timeout=SECONDS)
     expected = {
@@ -401,6 +406,7 @@ def _different_data_parallel_data() -> list[float]:
     return losses
 
 
+@ON_THE_CPU
 def test_only_the_ranks_of_one_group_must_agree() -> None:
     (a,), (b,), (c,), (d,) = run_ranks(4, _different_data_parallel_data, timeout=SECONDS)
     assert a == b != c == d

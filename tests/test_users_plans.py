@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from exactness import fresh_groups
-from models import batches
+from models import batches, device
 from ranks import RankError, run_ranks
 from sharding import relative_error
 from torch import nn
@@ -64,7 +64,7 @@ def _plan(qkv: str) -> dict[str, str]:
 def _planned(qkv: str, key: dict[str, Any]) -> float:
     """How far the loss of the sharded model is off."""
     fresh_groups()
-    model, reference, batch = _model(), _model(), batches(1, 2)[0]
+    model, reference, batch = _model().to(device()), _model().to(device()), batches(1, 2)[0]
     batch.pop("attention_mask", None)
     ds_seqpar.shard(model, {"tp_size": 2, "plan": _plan(qkv), **key})
     return relative_error(model(**batch).loss.detach(), reference(**batch).loss.detach())
