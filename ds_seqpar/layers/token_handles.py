@@ -181,7 +181,9 @@ class GatheredInput(Handle):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not kwargs and len(args) == 2 and name_of(func)[0] in ("add", "__add__", "__radd__"):
             args = _beside_rows(*args)
-        return super().__torch_function__(func, types, args, kwargs) if any(isinstance(x, Handle) for x in args) else func(*args)
+            if not any(isinstance(x, Handle) for x in args):  # both are rows now
+                return func(*args)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _may_act(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
         # Where tokens are not cut every rank holds all rows, and must drop the same of them.

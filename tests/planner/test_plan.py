@@ -325,7 +325,7 @@ def test_the_table_says_when_the_host_is_the_limit(capsys: pytest.CaptureFixture
     [
         (["nonesuch", "--seq", "64", "--gpus", "2"], "neither a folder"),
         (["t5", "--seq", "64", "--gpus", "2"], "t5"),
-        (["mamba", "--seq", "64", "--gpus", "2"], "mamba"),
+        (["dory", "--seq", "64", "--gpus", "2"], "dory"),
         (["meta-llama/Llama-3.1-8B", "--seq", "64", "--gpus", "2"], "gated"),
         ([*TINY, "--seq", "1000000000000", "--gpus", "2"], "beyond what can be planned"),
         ([*TINY, "--seq", "64", "--gpus", "12"], "--nodes"),
