@@ -219,7 +219,7 @@ class ShardedLayer:
     def forward(self, *args: Any, _region: TokenRegion, **kwargs: Any) -> Any:
         """The region travels as an argument, so a recompute during backward stands where its forward stood."""
         state = self.seqpar
-        with state.within(_region), state.partial.in_layer(self, by_layer=_region.by_layer):  # type: ignore[arg-type]
+        with state.within(_region), state.partial.in_layer(self):  # type: ignore[arg-type]
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
             if isinstance(output, tuple | list) and isinstance(output[0], UnsummedRows):
                 return type(output)((output[0].materialise(), *output[1:]))

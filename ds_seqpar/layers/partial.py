@@ -152,9 +152,9 @@ class PartialGradients:
             yield
 
     @contextmanager
-    def in_layer(self, layer: nn.Module, *, by_layer: bool) -> Iterator[None]:
+    def in_layer(self, layer: nn.Module) -> Iterator[None]:
         """Aliases in the places of a layer that the model's forward leaves to it."""
-        with self._shown([place for place in self._inside.get(id(layer), []) if by_layer or place.slots > 1]):
+        with self._shown(self._inside.get(id(layer), [])):
             yield
 
     @contextmanager

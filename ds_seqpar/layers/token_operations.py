@@ -84,9 +84,7 @@ def picked_tokens(source: Tensor, region: TokenRegion, index: Any) -> Tensor | N
     local = positions.reshape(-1) - region.rows * region.groups.tp_rank
     mine = (local >= 0) & (local < region.rows)
     held = torch.where(mine.unsqueeze(-1), rows[torch.where(mine, local, 0)], 0.0)
-    picked = reduce_partial(held, region.groups.tp_group).view(*positions.shape, *source.shape[2:])
-    # In torch an index may be a view, through which a write goes on; here it would be lost. Of several views torch refuses writes.
-    return picked.unsqueeze(0).unbind()[0]
+    return reduce_partial(held, region.groups.tp_group).view(*positions.shape, *source.shape[2:])
 
 
 def _takes_all(part: Any) -> bool:

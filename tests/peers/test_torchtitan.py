@@ -29,7 +29,7 @@ def _attention_step() -> tuple[int, int]:
     rotary = reference.model.rotary_emb(x, torch.arange(5)[None])
     state = model.seqpar
     with mock.patch.multiple(Exchange, gather=counting("gather"), scatter=counting("scatter")):
-        with state.within(state.region_for(2, 5)):
+        with state.within(state.region_for(2, 5)), state.partial.in_model(model.model, by_layer=False):
             y = model.model.layers[0](x, position_embeddings=rotary, attention_mask=None)
         forward = (counts["gather"], counts["scatter"])
     expected = reference.model.layers[0](x, position_embeddings=rotary, attention_mask=None)

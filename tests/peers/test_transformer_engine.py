@@ -27,7 +27,7 @@ def _sharded(model: Any, unit: str, x: Tensor, rotary: Any) -> Tensor:
     """The unit's whole output [b, s, ...] on every rank."""
     layer, state = model.model.layers[0], model.seqpar
     region = state.region_for(*x.shape[:2])
-    with state.within(region):
+    with state.within(region), state.partial.in_model(model.model, by_layer=False):
         if unit == "layer":
             y = layer(x, position_embeddings=rotary, attention_mask=None)
             return y.materialise("test") if hasattr(y, "materialise") else y  # type: ignore[no-any-return]
