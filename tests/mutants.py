@@ -142,6 +142,13 @@ def _after_accumulation() -> AbstractContextManager[Any]:
     return mock.patch.object(PartialGradients, "add", add)
 
 
+def _summed_at_the_leaf() -> AbstractContextManager[Any]:
+    def add(self: Any, parameter: nn.Parameter, slot: int = 0, slots: int = 1) -> None:
+        parameter.register_hook(lambda grad: self.total(parameter, grad, slot, slots))
+
+    return mock.patch.object(PartialGradients, "add", add)
+
+
 def _averaged(function: Any) -> Any:
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         owner, *sums = function(ctx, *grads)
@@ -525,7 +532,7 @@ MUTANTS: tuple[Mutant, ...] = (
         head="masked-lm"),
     Mutant("a block's input that its code adds to its output is gathered for its heads", _swap(token_handles, "_beside_rows", _as_given),
         "albert", key=PLAIN, head="masked-lm"),
-    Mutant("a weight's gradient is summed whoever uses it", _swap(_Injection, "_sum_by_use", _nothing), "neomme", head="masked-lm"),
+    Mutant("a weight's gradient is summed whoever uses it", _summed_at_the_leaf, "neomme", head="masked-lm"),
     Mutant("the loss is divided by tp_size", _swap(CausalLMLoss, "__call__", _divided)),
     Mutant("the softmax is over a rank's own vocabulary", _swap(loss, "all_gather", _own_statistics)),
     Mutant("one label too many is counted", _swap(loss, "vocab_parallel_linear_cross_entropy", _counts_ignored)),
