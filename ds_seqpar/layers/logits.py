@@ -177,8 +177,8 @@ class ShardedLogits(Handle):
         if self.made.weights_changed(self.head, look=look):
             raise SeqParError(
                 "outputs.logits are computed when they are first read, and the weights have changed since their forward (engine.step() or "
-                "another optimizer's step, load_state_dict, averaged weights swapped in or out, functional_call); read them before: "
-                "logits = outputs.logits.clone()"
+                "another optimizer's step, load_state_dict, averaged weights swapped in or out, functional_call); read them before "
+                "the step or the swap: logits = outputs.logits.clone()"
             )
 
     def as_called(self) -> AbstractContextManager[Any]:

@@ -540,7 +540,7 @@ def averaged_weights_for_evaluation(run: Run) -> None:
     del out
 
 
-@recipe(refused="read them before", ways=("loop",))
+@recipe(refused="before the step or the swap", ways=("loop",))
 def logits_read_while_averaged_weights_are_in(run: Run) -> None:
     logits = run(**_inputs(run.batches[0])).logits
     with torch.no_grad():
@@ -549,7 +549,7 @@ def logits_read_while_averaged_weights_are_in(run: Run) -> None:
     run.see("logits", logits)
 
 
-@recipe(refused="read them before", ways=("loop",))
+@recipe(refused="before the step or the swap", ways=("loop",))
 def logits_read_after_load_state_dict(run: Run) -> None:
     with torch.no_grad():
         logits = run(**_inputs(run.batches[0])).logits
@@ -557,7 +557,7 @@ def logits_read_after_load_state_dict(run: Run) -> None:
     run.see("logits", logits)
 
 
-@recipe(refused="read them before", ways=("loop",))
+@recipe(refused="before the step or the swap", ways=("loop",))
 def logits_read_after_the_step(run: Run) -> None:
     out = run(**run.batches[0])
     run.backward(out.loss)
