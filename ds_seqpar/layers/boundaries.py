@@ -171,6 +171,8 @@ class ShardedBlock:
             state.in_block, state.block_forked, state.sums_rows_later = outer, False, False
             state.block_left = False
         state.found_apart |= handle.unused()  # such as the keys of a cross-attention
+        if local.dim() == 2 and not region.cut and isinstance(output, Tensor) and output.dim() == 3:
+            return output.flatten(0, 1)  # the layer's code takes tokens in one dimension, as OPT's does
         return output
 
 
