@@ -192,8 +192,7 @@ class _Injection:
         self.model, self.facts, self.plan, self.state = model, facts, plan, state
         self.entries, self.remarks = report.entries, report.remarks
         self._cut_already = set(parts)
-        self._armed: set[int] = set()
-        self._by_hook: set[int] = set()  # parameters that some module relies on being summed whoever uses them
+        self._by_hook: set[int] = set()  # parameters that a hook sums at ZeRO 3: some module has no way to sum its own use
         self.fused: Counter[str] = Counter()
         self.outside: Counter[str] = Counter()  # part of the model -> how many parameters of it are left alone
 
@@ -361,16 +360,16 @@ class _Injection:
             for module in places(self.model.get_submodule(name)).values():
                 held = dict(module.named_parameters(recurse=False))
                 if isinstance(module, TokenwiseModule):
-                    own = (key for key, parameter in held.items() if id(parameter) not in self._by_hook)
-                    module.summed = tuple(key for key in own if self.state.partial.take_over(held[key]))
+                    module.summed = tuple(key for key, p in held.items() if self.state.partial.is_registered(p))
+                    for key in module.summed:
+                        if id(held[key]) not in self._by_hook:
+                            self.state.partial.take_over(held[key])
 
     def _sum(self, parameter: nn.Parameter, *, by_hook: bool = True) -> None:
         """Has the gradient of `parameter` summed over the group, once however many modules hold it."""
         if by_hook:
             self._by_hook.add(id(parameter))
-        if id(parameter) not in self._armed:
-            self._armed.add(id(parameter))
-            self.state.partial.add(parameter)
+        self.state.partial.add(parameter)
 
     def _parameter(self, parameter: nn.Parameter, cut: Cut | None, style: Style) -> ParameterEntry:
         state, rank = self.state, self.state.groups.tp_rank
@@ -385,8 +384,7 @@ class _Injection:
         if id(parameter) not in self._cut_already:
             self._cut_already.add(id(parameter))
             parameter.data = part_of(parameter.data, cut, rank)
-        if cut.copied and id(parameter) not in self._armed:
-            self._armed.add(id(parameter))
+        if cut.copied:
             state.partial.add(parameter, *cut.slot(rank))
         local = tuple(parameter.shape)
         shape = (*local[: cut.dim], cut.size, *local[cut.dim + 1 :])

@@ -20,7 +20,9 @@ from ..comm.failures import is_of_another_rank
 from ..errors import RankLostError, SeqParError
 from .region import ShardingState, TokenRegion
 
-__all__ = ["ELEMENTWISE", "SCALINGS", "Handle", "is_shape_of", "name_of", "refuse_outside_graph", "selects_everything"]
+__all__ = [
+    "ELEMENTWISE", "SCALINGS", "Handle", "is_deepspeeds", "is_shape_of", "name_of", "refuse_outside_graph", "selects_everything",
+]  # fmt: skip
 
 _BELOW_PYTHON = (
     "a tensor that ds_seqpar holds in parts went through an autograd function below Python, where its gradient cannot follow; "
@@ -46,6 +48,11 @@ _CASTS = {"to", "float", "half", "bfloat16", "contiguous"}
 _NAMED_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 _ARITHMETIC = ELEMENTWISE - _CASTS
 _WATCHES = {"register_hook", "retain_grad"}
+
+
+def is_deepspeeds(hook: Any) -> bool:
+    """Whether a hook is of DeepSpeed's own, which waits for an event and changes nothing."""
+    return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
 
 
 def name_of(func: Callable[..., Any]) -> tuple[str, bool]:

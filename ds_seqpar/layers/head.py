@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..comm.regions import gather_columns
-from .linear import between_users_hooks, has_users_hooks
+from .handles import is_deepspeeds
+from .linear import between_users_hooks, has_hooks_beside_deepspeeds
 from .logits import ShardedLogits
 from .products import cast_for_autocast
 from .region import ShardingState, TokenRegion
 from .token_handles import TokenShard
 
 __all__ = ["VocabParallelHead"]
-
-
-def _deepspeeds(hooks: Any) -> Any:
-    return OrderedDict((n, h) for n, h in hooks.items() if getattr(h, "__module__", "").startswith("deepspeed."))
 
 
 class VocabParallelHead(nn.Linear):
@@ -60,11 +57,13 @@ class VocabParallelHead(nn.Linear):
 
     def _now(self, *args: Any, **kwargs: Any) -> Any:
         """The call below, with DeepSpeed's hooks alone: the user's have seen the logits."""
-        if not has_users_hooks(self):
+        if not has_hooks_beside_deepspeeds(self):
             return super().__call__(*args, **kwargs)
         before, after = self._forward_pre_hooks, self._forward_hooks
         try:
-            self._forward_pre_hooks, self._forward_hooks = (_deepspeeds(hooks) for hooks in (before, after))
+            self._forward_pre_hooks, self._forward_hooks = (
+                OrderedDict((n, h) for n, h in hooks.items() if is_deepspeeds(h)) for hooks in (before, after)
+            )
             return super().__call__(*args, **kwargs)
         finally:
             self._forward_pre_hooks, self._forward_hooks = before, after

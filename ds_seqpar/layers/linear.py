@@ -17,14 +17,15 @@ from ..errors import SeqParError
 from ..kernels.addition import PassedGradient
 from .deferred import GatedProduct, NormedRows, UnsummedRows
 from .early import RowsMark
-from .handles import Handle
+from .handles import Handle, is_deepspeeds
 from .norm import Remake, remake_of
 from .products import ColumnParallel, RowParallel, cast_for_autocast
 from .region import ShardingState, TokenRegion
 from .token_handles import GatheredInput
 
 __all__ = [
-    "ColumnParallelLinear", "RowParallelLinear", "between_users_hooks", "call_past_deepspeed", "column_parallel", "has_users_hooks",
+    "ColumnParallelLinear", "RowParallelLinear", "between_users_hooks", "call_past_deepspeed", "column_parallel",
+    "has_hooks_beside_deepspeeds",
 ]  # fmt: skip
 
 
@@ -64,12 +65,10 @@ def _users_own(
     hooks: Mapping[int, Callable[..., Any]], with_kwargs: Mapping[int, bool]
 ) -> list[tuple[Callable[..., Any], bool]]:
     """(hook, takes keyword arguments) of every hook that is not DeepSpeed's."""
-    return [
-        (h, n in with_kwargs) for n, h in hooks.items() if not getattr(h, "__module__", "").startswith("deepspeed.")
-    ]
+    return [(h, n in with_kwargs) for n, h in hooks.items() if not is_deepspeeds(h)]
 
 
-def has_users_hooks(module: nn.Module) -> bool:
+def has_hooks_beside_deepspeeds(module: nn.Module) -> bool:
     """Whether forward hooks that are not DeepSpeed's stand on `module`."""
     before = _users_own(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
     return bool(before or _users_own(module._forward_hooks, module._forward_hooks_with_kwargs))
@@ -156,7 +155,7 @@ class RowParallelLinear(nn.Linear):
 
     def __call__(self, input: Tensor) -> Tensor:
         """[b, s, in_r] -> [1, c, out] or [b, s, out]. A gated product stays two tensors, which hooks of DeepSpeed's see plain."""
-        if not isinstance(input, GatedProduct) or not input.is_untouched() or has_users_hooks(self):
+        if not isinstance(input, GatedProduct) or not input.is_untouched() or has_hooks_beside_deepspeeds(self):
             return super().__call__(input.materialise() if isinstance(input, Handle) else input)  # type: ignore[no-any-return]
         return super().__call__(input.source, input.up, input.act)  # type: ignore[no-any-return]
 

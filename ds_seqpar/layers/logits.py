@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SeqParError
-from .handles import Handle, is_shape_of, name_of, refuse_outside_graph
+from .handles import Handle, is_deepspeeds, is_shape_of, name_of, refuse_outside_graph
 from .region import TokenRegion
 from .token_operations import ARITHMETIC
 
@@ -186,7 +186,7 @@ class ShardedLogits(Handle):
         return torch.autocast(self.device.type, dtype=self.made.autocast, enabled=self.made.autocast is not None)
 
     def _refuse_to_be_watched(self, name: str, args: Any) -> None:
-        if name == "register_hook" and getattr(args[1], "__module__", "").startswith("deepspeed."):
+        if name == "register_hook" and is_deepspeeds(args[1]):
             return  # it waits for the beginning of backward, wherever that is
         if self.made.lost or self.made.derived:
             raise SeqParError(

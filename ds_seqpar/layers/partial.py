@@ -130,9 +130,13 @@ class PartialGradients:
                 for earlier in [key for key in hooks if key != hook.id]:  # the user's, which see the sum
                     hooks[earlier] = hooks.pop(earlier)  # autograd does not see move_to_end
 
+    def is_registered(self, parameter: nn.Parameter) -> bool:
+        """Whether the gradients of its uses are summed."""
+        return id(parameter) in self._registered
+
     def take_over(self, parameter: nn.Parameter) -> bool:
         """Whether `parameter` is registered; if so its module promises to use `summed(parameter)` and nothing else."""
-        if id(parameter) not in self._registered:
+        if not self.is_registered(parameter):
             return False
         if not self.sums_uses_of(parameter):
             self._taken_over.append(parameter)
@@ -190,10 +194,10 @@ class PartialGradients:
         return self.all_summed([parameter])[0]
 
     def all_summed(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """`summed` of each of a module's parameters, in one all-reduce; what stands there as an alias is summed already."""
+        """`summed` of each of a module's parameters, in one all-reduce; an alias, or a parameter with a hook, is summed already."""
         if not torch.is_grad_enabled():
             return list(parameters)
-        bare = [p for p in parameters if p.requires_grad and id(p) not in self._aliases]
+        bare = [p for p in parameters if p.requires_grad and id(p) not in self._aliases and id(p) not in self._hooks]
         ready = {id(p): alias for p, alias in zip(bare, self._edges(*bare), strict=True)}
         return [ready.get(id(p), p) for p in parameters]
 

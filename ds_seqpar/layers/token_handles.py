@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from ..errors import SeqParError
-from .handles import ELEMENTWISE, SCALINGS, Handle, is_shape_of, name_of, refuse_outside_graph, selects_everything
+from .handles import (
+    ELEMENTWISE,
+    SCALINGS,
+    Handle,
+    is_deepspeeds,
+    is_shape_of,
+    name_of,
+    refuse_outside_graph,
+    selects_everything,
+)
 from .region import ShardingState, TokenRegion
 from .token_operations import ACTIVATIONS, ARITHMETIC, features_of, picked_tokens, rows_like
 
@@ -75,7 +84,7 @@ class TokenShard(Handle):
 
     def _hooked(self, hook: Callable[..., Any]) -> Any:
         """On this rank's rows, through which all gradients of the tokens go; a user's hook is shown those of all tokens. Collective."""
-        if getattr(hook, "__module__", "").startswith("deepspeed.") or not self.source.requires_grad:
+        if is_deepspeeds(hook) or not self.source.requires_grad:
             return self.source.register_hook(hook)
 
         def shown(grad: Tensor) -> Tensor | None:
